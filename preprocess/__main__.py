@@ -1,0 +1,182 @@
+"""Stage 1: videos -> shards (CPU, parallel, restartable).
+
+    python -m preprocess run data_manifests/ucf101.csv --videos UCF-101 --out shards/ucf101 --workers 8
+
+makes UCF101's 13,320 videos into 105 shards of about 0.3 GB, with a progress bar, and ends with a table of the videos
+that could not be stored. Run the same command again after any interruption: finished shards are kept.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import tyro
+
+from preprocess.shards import Settings
+
+DONE, ERROR, USAGE, WITH_FAILURES, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+def run(
+    manifest: tyro.conf.Positional[Path],
+    videos: Path,
+    out: Path,
+    workers: int = 1,
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
+    videos_per_shard: int = 128,
+    part: str = "1/1",
+    retry_failed: bool = False,
+    time_limit: float = 600.0,
+) -> int:
+    """Re-encode the videos of a manifest with a fixed GOP and store frames, I-frames and motion vectors in shards.
+
+    Re-running finishes what is missing. Ends with status 0 when every video is stored, 3 when some failed
+    (OUT/failures.csv says which and why).
+
+    Args:
+        manifest: CSV with the columns path,label,subset; see data_manifests/ and the verb `manifest`.
+        videos: Folder that the manifest's paths are relative to.
+        out: Folder for the shards.
+        workers: Processes; each keeps one core busy.
+        settings: How to encode and store; part of every shard.
+        videos_per_shard: Manifest rows a shard; the unit of work and of restart.
+        part: i/n makes every n-th shard only, for a job array on a shared file system: 1/16 … 16/16.
+        retry_failed: Make shards anew that hold failed videos.
+        time_limit: Seconds a video may take before its decoder is replaced.
+    """
+    from preprocess import pipeline
+
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not match:
+        raise ValueError(f"--part is {part!r}; write i/n, for example 3/16")
+    summary = pipeline.run(
+        manifest,
+        videos,
+        out,
+        settings,
+        workers=workers,
+        videos_per_shard=videos_per_shard,
+        part=(int(match[1]), int(match[2])),
+        retry_failed=retry_failed,
+        time_limit=time_limit,
+    )
+    pipeline.report(summary, out)
+    return WITH_FAILURES if summary.failures else DONE
+
+
+def manifest(
+    folder: tyro.conf.Positional[Path],
+    out: Path,
+    kinetics: tuple[Path, ...] = (),
+) -> int:
+    """Write a manifest of the videos in a folder; classes are folder names, or none where the folder is flat.
+
+    Args:
+        folder: Folder to search for videos.
+        out: CSV to write.
+        kinetics: Official Kinetics annotation lists; the annotated videos that are missing from the folder are listed
+            in OUT with the ending .missing.txt.
+    """
+    from preprocess import manifest as manifests
+
+    if kinetics:
+        found = manifests.scan_kinetics(folder, *kinetics)
+        found.manifest.write(out)
+        missing = out.with_suffix(".missing.txt")
+        missing.write_text("".join(f"{name}\n" for name in found.missing))
+        print(
+            f"{len(found.manifest.paths)} videos in {out}; {len(found.missing)} annotated videos are missing "
+            f"({missing}); {len(found.unannotated)} files on disk are in no list and left out"
+        )
+        return DONE
+    table = manifests.scan(folder)
+    table.write(out)
+    print(f"{len(table.paths)} videos of {len(table.classes)} classes in {out}")
+    return DONE
+
+
+def inspect(
+    shards: tyro.conf.Positional[Path], out: Path, video: str | None = None, sample: int = 3, seed: int = 0
+) -> int:
+    """Draw what a shard holds: frames, the same with motion vectors as arrows, their colours, and the I-frames.
+
+    Args:
+        shards: Folder of shards.
+        out: Picture (.png, a contact sheet) or film (.mp4, one video) to write.
+        video: Path of a video as the manifest has it; without it, a random sample.
+        sample: How many videos to draw when none is named.
+        seed: Which random sample.
+    """
+    from preprocess import preview
+
+    print(preview.inspect(shards, video, sample, seed, out))
+    return DONE
+
+
+def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, seed: int = 0) -> int:
+    """Render the embedded data set: scenes that cross context (a background) with motion (how sprites move).
+
+    Args:
+        out: Folder for videos/ and manifest.csv.
+        workers: Processes.
+        train: Training scenes; a multiple of 36 keeps every pair of context and motion equally frequent.
+        test: Test scenes.
+        seed: Seed of every scene.
+    """
+    from preprocess.synthetic import Scenes, write
+
+    print(write(out, Scenes(train=train, test=test, seed=seed), workers=workers))
+    return DONE
+
+
+def info(shards: tyro.conf.Positional[Path]) -> int:
+    """Say what a set of shards holds: videos, frames, hours, classes, settings, size, failures.
+
+    Args:
+        shards: Folder of shards.
+    """
+    from preprocess import check
+
+    print(check.describe(shards))
+    return DONE
+
+
+def check(shards: tyro.conf.Positional[Path], workers: int = 1) -> int:
+    """Verify every checksum, count, offset, I-frame position and JPEG header; status 1 where anything is wrong.
+
+    Args:
+        shards: Folder of shards.
+        workers: Processes.
+    """
+    from preprocess import check as checks
+
+    problems = checks.problems(shards, workers)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{len(problems)} problems" if problems else "every shard is sound")
+    return ERROR if problems else DONE
+
+
+def terminate(*_: object) -> NoReturn:
+    sys.exit(TERMINATED)
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, terminate)
+    verbs = {"run": run, "manifest": manifest, "inspect": inspect, "check": check, "info": info, "synthetic": synthetic}
+    try:
+        return tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m preprocess", description=__doc__)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""One video at a time through the codecs, in a process of its own.
+
+C code cannot be interrupted from inside, and broken videos crash decoders. So a worker keeps one long-lived child, asks
+it for one video at a time over a pipe, and kills and replaces it when it dies or exceeds the time limit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.shards import Settings, Spool
+
+PR_SET_PDEATHSIG = 1
+OUR_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENOMEM)
+
+
+class CodecError(Exception):
+    """The video cannot be stored; the message is the decoder's own."""
+
+
+class CodecLost(Exception):
+    """The child died or had to be killed; the video may be tried again in a new one."""
+
+
+def convert(source: str, spool: Spool, settings: Settings) -> dict[str, Any]:
+    """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
+
+    Raises ValueError or av.FFmpegError where the video cannot be stored; the spool then holds a part of it.
+    """
+    from preprocess import encode, extract  # only the child loads the codecs
+
+    with tempfile.TemporaryFile(prefix="context-motion-") as unlinked:
+        # The stream lies in a file without a name: whatever happens to this process, nothing is left behind.
+        stream = f"/proc/self/fd/{unlinked.fileno()}"
+        encoded = encode.encode(source, stream, settings)
+        frame_bytes, iframe_bytes, iframe_frame = [], [], []
+        with open(spool.path("frames"), "ab") as frames, open(spool.path("iframes"), "ab") as iframes:
+            for number, picture in enumerate(extract.pictures(stream, settings)):
+                frame_bytes.append(frames.write(picture.frame))
+                if picture.iframe is not None:
+                    iframe_bytes.append(iframes.write(picture.iframe))
+                    iframe_frame.append(number)
+        moving = 0
+        with open(spool.path("motion"), "ab") as file:
+            for is_iframe, cells in extract.motion(stream, settings):
+                if is_iframe != (moving % settings.gop == 0):
+                    raise ValueError(f"frame {moving} of the encoded stream breaks the group of {settings.gop}")
+                file.write(cells.tobytes())
+                moving += 1
+    # mvextractor ends quietly on errors, so both readers are held against what was encoded.
+    if not encoded.frames == len(frame_bytes) == moving:
+        raise ValueError(f"{encoded.frames} frames encoded, {len(frame_bytes)} pictures and {moving} maps read back")
+    if iframe_frame != list(range(0, moving, settings.gop)):
+        raise ValueError(f"I-frames at {iframe_frame[:5]}…, not every {settings.gop} frames")
+    return {
+        "fps": encoded.fps,
+        "source_size": [encoded.height, encoded.width],
+        "decode_errors": encoded.decode_errors,
+        "frame_bytes": frame_bytes,
+        "iframe_bytes": iframe_bytes,
+        "iframe_frame": iframe_frame,
+    }
+
+
+def plain(message: str, root: str) -> str:
+    """A reason without the video root and memory addresses, so that equal failures give equal bytes anywhere."""
+    text = message.replace(root.rstrip("/") + "/", "").replace(root, "")
+    return " ".join(re.sub(r"0x[0-9a-fA-F]+", "0x…", text).split())
+
+
+class Codec:
+    """The long-lived child and its pipe."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.TemporaryFile(prefix="context-motion-log-")
+
+    def convert(self, source: Path, spool: Spool, settings: Settings, time_limit: float) -> dict[str, Any]:
+        """As the function `convert`, in the child. Raises CodecError or CodecLost."""
+        child = self._child or self._start()
+        request = {"source": str(source), "spool": str(spool.folder), "settings": settings.to_json()}
+        assert child.stdin and child.stdout
+        try:
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()
+            ready, _, _ = select.select([child.stdout], [], [], time_limit)
+            if not ready:
+                self.stop()
+                raise CodecLost(f"no result within {time_limit:g} s (time limit a video)")
+            line = child.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line.endswith(b"\n"):
+            status = child.wait()
+            self.stop()
+            raise CodecLost(self._last_words(status))
+        answer = json.loads(line)
+        if "system" in answer:
+            raise OSError(answer["system"])
+        if "error" in answer:
+            raise CodecError(answer["error"])
+        for key in ("frame_bytes", "iframe_bytes", "iframe_frame"):
+            answer[key] = np.array(answer[key], np.int64)
+        return answer
+
+    def stop(self) -> None:
+        if self._child:
+            self._child.kill()
+            self._child.wait()
+            for pipe in (self._child.stdin, self._child.stdout):
+                if pipe:
+                    pipe.close()
+            self._child = None
+
+    def __enter__(self) -> Codec:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._log.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "preprocess.codec"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            # The package need not be installed for the child to find it.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
+        )
+        return self._child
+
+    def _last_words(self, status: int) -> str:
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = "; probably out of memory: lower --workers" if name == "SIGKILL" else ""
+            return f"the decoder process was killed by {name}{hint}"
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 2000))
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return f"the decoder process ended with status {status}: {lines[-1] if lines else 'no message'}"
+
+
+def _serve() -> None:
+    """Answer one JSON line for each JSON line of a request, until the pipe closes."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed worker takes its child along
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides
+    # Nothing a C library prints may end up in the protocol.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import av
+
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        settings = Settings.from_json(request["settings"])
+        try:
+            answer = convert(request["source"], Spool(Path(request["spool"])), settings)
+        except (ValueError, OSError, av.FFmpegError) as error:
+            # A full disk is not the video's fault. (FFmpeg's own errors are OSErrors too, most of them.)
+            ours = isinstance(error, OSError) and error.errno in OUR_ERRORS
+            answer = {"system" if ours else "error": str(error)}
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

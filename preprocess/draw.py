@@ -1,0 +1,167 @@
+"""Motion as pictures: colours, arrows, a legend. Only numpy, so that every stage can use it.
+
+Motion is (dx, dy), the displacement of the content from the previous frame to this one, +x right, +y down, in pixels of
+the encoded frame, one vector a 16x16 block. Block (r, c) covers encoded pixels [16c, 16c + 16) x [16r, 16r + 16); the
+grid may overhang the frame (22 blocks are 352 pixels for a frame of 340), and the overhang is not drawn.
+
+Colours follow the Middlebury optical-flow evaluation (Baker et al., "A Database and Evaluation Methodology for Optical
+Flow"): the hue says the direction (right red, down yellow, left azure, up violet), the saturation the magnitude; no
+motion is white. Their wheel gives the hues unequal arcs, so that equally different directions look equally different.
+One difference: magnitudes beyond the limit keep the full colour, instead of a darker one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = 16  # pixels of the encoded frame, each way
+SMALLEST = 0.5  # pixels; shorter vectors are at the precision of the search and only clutter the picture
+
+INTRA_GREY = (168, 168, 168)
+HATCH_GREY = (112, 112, 112)
+ARROW_FILL = (255, 226, 40)
+ARROW_OUTLINE = (0, 0, 0)
+
+# Lengths of the six arcs of the Middlebury wheel: red-yellow, yellow-green, green-cyan, cyan-blue, blue-magenta,
+# magenta-red. Between two of these six colours one channel moves linearly, which is what a hue does.
+_ARC_ENDS = np.cumsum([0, 15, 6, 4, 11, 13, 6])
+
+Image = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.floating]
+Mask = npt.NDArray[np.bool_]
+
+
+def colour_wheel(motion: npt.ArrayLike, limit: float, intra: Mask | None = None) -> Image:
+    """Colours of motion vectors, in the Middlebury convention (see the module).
+
+    motion: (..., 2) pixels. limit: the magnitude in pixels that gets the full colour; longer vectors get it too.
+    intra: (...) true where a block has no vector; those become INTRA_GREY, which no vector can become.
+    Returns uint8 RGB (..., 3). ValueError where a shape or the limit makes no sense.
+    """
+    vectors = _vectors(motion)
+    if not limit > 0:
+        raise ValueError(f"limit is {limit}: the magnitude shown in full colour must be above 0 pixels")
+    turn = np.arctan2(vectors[..., 1], vectors[..., 0]) / (2 * np.pi) % 1.0
+    hue = np.interp(turn * _ARC_ENDS[-1], _ARC_ENDS, np.arange(7))  # in sixths: 0 red, 1 yellow, 2 green, ...
+    saturation = np.minimum(np.hypot(vectors[..., 0], vectors[..., 1]) / limit, 1.0)
+    # A pure hue has each channel full for two sixths either side of its own, and a ramp of one sixth at both ends.
+    away = np.abs((hue[..., None] - np.array([0.0, 2.0, 4.0]) + 3.0) % 6.0 - 3.0)
+    pure = np.clip(2.0 - away, 0.0, 1.0)
+    colours = np.rint(255 * (1.0 - saturation[..., None] * (1.0 - pure))).astype(np.uint8)
+    if intra is not None:
+        if intra.shape != vectors.shape[:-1]:
+            raise ValueError(f"intra has shape {intra.shape}, but the motion has {vectors.shape[:-1]} blocks")
+        colours[intra] = INTRA_GREY
+    return colours
+
+
+def wheel_legend(size: int) -> Image:
+    """The wheel as a disc on white, uint8 (size, size, 3): a vector from the centre has the colour it ends on."""
+    if size < 3:
+        raise ValueError(f"size is {size}: a legend needs at least 3 pixels")
+    radius = size / 2
+    offset = (np.arange(size) + 0.5 - radius) / radius
+    vectors = np.stack(np.meshgrid(offset, offset, indexing="xy"), axis=-1)
+    legend = colour_wheel(vectors, 1.0)
+    legend[np.hypot(vectors[..., 0], vectors[..., 1]) > 1.0] = 255
+    return legend
+
+
+def colour_view(
+    motion: npt.ArrayLike, limit: float, encoded: tuple[int, int], size: tuple[int, int], intra: Mask | None = None
+) -> Image:
+    """A motion grid in colours, seen over the same area as the frame, so that the two can be laid side by side.
+
+    motion: (rows, cols, 2) pixels. encoded, size: (width, height) of the encoded frame and of the picture.
+    intra: (rows, cols), true where a block has no vector; such blocks are hatched grey.
+    Returns uint8 RGB (height, width, 3).
+    """
+    vectors = _grid(motion, encoded)
+    colours = colour_wheel(vectors, limit, intra)
+    (width, height), (encoded_width, encoded_height) = size, encoded
+    col = ((np.arange(width) + 0.5) * encoded_width / width / BLOCK).astype(np.intp)
+    row = ((np.arange(height) + 0.5) * encoded_height / height / BLOCK).astype(np.intp)
+    view = colours[row[:, None], col[None, :]]
+    if intra is not None:
+        stripe = (np.arange(width)[None, :] + np.arange(height)[:, None]) % 6 < 2
+        view[stripe & intra[row[:, None], col[None, :]]] = HATCH_GREY
+    return view
+
+
+def arrows(frame: Image, motion: npt.ArrayLike, encoded: tuple[int, int], gain: float = 1.0) -> Image:
+    """A frame with an arrow for each block's motion: from the block's centre, `gain` times as long as the motion.
+
+    frame: uint8 (H, W, 3), any size. motion: (rows, cols, 2) pixels of the encoded frame, zero where there is none.
+    encoded: (width, height) of the encoded frame. Vectors below half a pixel are not drawn. The arrows are light with
+    a dark rim, so that they show on any background. Returns a new uint8 (H, W, 3).
+    """
+    vectors = _grid(motion, encoded)
+    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+        raise ValueError(f"the frame is {frame.dtype} {frame.shape}: uint8 (height, width, 3) is needed")
+    if not gain > 0:
+        raise ValueError(f"gain is {gain}: it must be above 0")
+    height, width = frame.shape[:2]
+    scale = np.array([width / encoded[0], height / encoded[1]])
+    rows, cols = vectors.shape[:2]
+    centre = np.stack(np.meshgrid(np.arange(cols), np.arange(rows), indexing="xy"), axis=-1) * BLOCK + BLOCK / 2
+    drawn = (np.hypot(vectors[..., 0], vectors[..., 1]) >= SMALLEST) & (centre < encoded).all(axis=-1)
+    tails = centre[drawn] * scale  # (n, 2), continuous coordinates: pixel i covers [i, i + 1)
+    tips = tails + gain * vectors[drawn] * scale
+
+    shaft = max(0.5, 0.0018 * width)  # half the width of the line
+    rim = max(0.8, 0.0022 * width)
+    head = 0.3 * BLOCK * scale.min()
+    distance = np.full((height, width), np.inf)  # to the nearest line of any arrow
+    for tail, tip in zip(tails, tips):
+        _approach(distance, tail, tip, head, shaft + rim + 1.0)
+
+    picture = frame.astype(np.float64)
+    for radius, colour in ((shaft + rim, ARROW_OUTLINE), (shaft, ARROW_FILL)):
+        cover = np.clip(radius + 0.5 - distance, 0.0, 1.0)[..., None]  # how much of the pixel the line covers
+        picture += cover * (np.array(colour) - picture)
+    return np.rint(picture).astype(np.uint8)
+
+
+def enlarge(image: Image, factor: int) -> Image:
+    """Each pixel of an image, uint8 (H, W, ...), as a square of factor x factor pixels."""
+    if factor < 1:
+        raise ValueError(f"factor is {factor}: it must be at least 1")
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _approach(distance: Floats, tail: Floats, tip: Floats, head: float, margin: float) -> None:
+    """Lower `distance` (H, W) to that from one arrow, in the box of the arrow and `margin` pixels around it."""
+    along = tip - tail
+    length = float(np.hypot(*along))
+    barb = min(head, 0.5 * length)
+    back = along * (-barb / length)
+    side = 0.6 * np.array([-back[1], back[0]])
+    ends = np.stack([tail, tip + back + side, tip + back - side])  # the three lines that meet in the tip
+
+    points = np.concatenate([ends, tip[None]])
+    left, top = np.clip(np.floor(points.min(axis=0) - margin), 0, distance.shape[::-1]).astype(int)
+    right, bottom = np.clip(np.ceil(points.max(axis=0) + margin), 0, distance.shape[::-1]).astype(int)
+    x = np.arange(left, right) + 0.5 - tip[0]
+    y = (np.arange(top, bottom) + 0.5 - tip[1])[:, None]
+    box = distance[top:bottom, left:right]
+    for line_x, line_y in ends - tip:
+        part = np.clip((x * line_x + y * line_y) / (line_x**2 + line_y**2), 0.0, 1.0)
+        np.minimum(box, np.hypot(x - part * line_x, y - part * line_y), out=box)
+
+
+def _vectors(motion: npt.ArrayLike) -> Floats:
+    vectors = np.asarray(motion, dtype=np.float64)
+    if vectors.ndim < 1 or vectors.shape[-1] != 2:
+        raise ValueError(f"the motion has shape {vectors.shape}: its last axis must hold dx and dy")
+    return vectors
+
+
+def _grid(motion: npt.ArrayLike, encoded: tuple[int, int]) -> Floats:
+    vectors = _vectors(motion)
+    needed = (-(-encoded[1] // BLOCK), -(-encoded[0] // BLOCK), 2)
+    if vectors.shape != needed:
+        raise ValueError(
+            f"the motion has shape {vectors.shape}, but a frame of {encoded[0]}x{encoded[1]} has a grid of {needed}"
+        )
+    return vectors

@@ -1,0 +1,120 @@
+"""Any video -> MPEG-4 Part 2 with a fixed group of pictures, so that every twelfth frame is an I-frame (section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.frame import PictureType
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from preprocess.shards import Settings
+
+CONTAINER = "nut"  # FFmpeg's own container: nothing of the stream is rewritten, and it reads back fastest
+NEVER = 1_000_000_000  # a scene-change score that no frame reaches: otherwise the encoder inserts I-frames at cuts
+LAMBDA = 118  # FFmpeg's FF_QP2LAMBDA: global_quality counts in these
+MIN_DECODED = 0.9  # half an AVI decodes without any error: what a container declares is held against what came out
+UNSPECIFIED_MATRIX = 2
+TALLEST_SD = 576  # untagged video taller than this is BT.709 by convention, else BT.601
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What encoding one video found."""
+
+    frames: int
+    fps: float
+    """Average frame rate of the source; 0 where it declares none."""
+    height: int
+    """Height of the first frame as displayed, rotation applied, pixels."""
+    width: int
+    decode_errors: int
+    """Packets that did not decode and were skipped."""
+
+
+def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 25) -> Encoded:
+    """Re-encode the first video stream of `source` into `target`: I P P … with an I-frame every settings.gop frames.
+
+    Frames are taken as decoded, whatever their timestamps; one thread, so that equal input gives equal bytes; the
+    picture is stretched to the encoded size, as CoViAR does. Raises ValueError where there is no video to store, with
+    the decoder's own words, or where fewer than 90 % of the declared frames decode.
+    """
+    with av.open(source, metadata_errors="ignore") as container:
+        if not container.streams.video:
+            raise ValueError("no video stream")
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        declared = stream.frames
+        errors: list[str] = []
+        count = height = width = 0
+        with av.open(target, "w", format=CONTAINER) as output:
+            encoder = output.add_stream("mpeg4", rate=rate)
+            encoder.width, encoder.height, encoder.pix_fmt = settings.width, settings.height, "yuv420p"
+            context = encoder.codec_context
+            context.thread_count, context.gop_size, context.max_b_frames = 1, settings.gop, 0
+            context.options = {
+                "flags": "+qscale+bitexact",
+                "global_quality": str(settings.quantiser * LAMBDA),
+                "sc_threshold": str(NEVER),
+            }
+            scaler = VideoReformatter()  # one a stream: one a frame is five times slower and grows memory
+            for frame in _decode(container, stream, errors):
+                if not count:
+                    height, width = frame.height, frame.width
+                    if frame.rotation % 180:
+                        height, width = width, height
+                picture = _stretch(frame, scaler, settings.width, settings.height)
+                picture.pts, picture.time_base, picture.pict_type = count, Fraction(1) / rate, PictureType.NONE
+                output.mux(encoder.encode(picture))
+                count += 1
+            if count:
+                output.mux(encoder.encode())
+        if not count:
+            raise ValueError(f"no decodable frame ({errors[0]})" if errors else "no decodable frame")
+        if count < MIN_DECODED * declared:
+            detail = f", first error: {errors[0]}" if errors else ""
+            raise ValueError(f"only {count} of {declared} declared frames decode (at least 90 % must){detail}")
+        fps = stream.average_rate or stream.guessed_rate or 0
+        return Encoded(count, float(fps), height, width, len(errors))
+
+
+def _decode(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, errors: list[str]
+) -> Iterator[av.VideoFrame]:
+    """Frames of a stream; packets that do not decode are skipped and noted, and reading ends where the file breaks."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError as error:
+            errors.append(str(error))
+            # The demuxer cannot go on, but the decoder still holds frames.
+            yield from stream.codec_context.decode(None)
+            return
+        try:
+            yield from packet.decode()
+        except av.FFmpegError as error:
+            errors.append(str(error))
+
+
+def _stretch(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: int) -> av.VideoFrame:
+    """Upright, yuv420p, BT.601, limited range, width x height: what the MPEG-4 encoder takes and JPEG assumes."""
+    quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise, as the display matrix counts
+    # The matrix is named only where it must change: naming it makes the scaler leave its fast path.
+    untagged = frame.colorspace == UNSPECIFIED_MATRIX
+    is_709 = frame.colorspace == Colorspace.ITU709 or (untagged and frame.height > TALLEST_SD)
+    colours = {"src_colorspace": Colorspace.ITU709, "dst_colorspace": Colorspace.ITU601} if is_709 else {}
+    if not quarter_turns:
+        return scaler.reformat(frame, width, height, "yuv420p", dst_color_range=ColorRange.MPEG, **colours)
+    if quarter_turns % 2:
+        width, height = height, width
+    planes = scaler.reformat(
+        frame, width, height, "yuv444p", dst_color_range=ColorRange.MPEG, **colours
+    ).to_ndarray()  # (3, H, W)
+    turned = np.ascontiguousarray(np.rot90(planes, quarter_turns, axes=(1, 2)))
+    return av.VideoFrame.from_ndarray(turned, "yuv444p").reformat(format="yuv420p")

@@ -1,0 +1,397 @@
+"""Manifests: which videos make up a data set, as a CSV file with the columns path,label,subset.
+
+    path     relative to the video folder, forward slashes, any letters, in UTF-8; each video once
+    label    a class name; empty where unknown. Numbers are never written: they follow from the sorted names
+    subset   train, val, test, unused; empty in the manifest of a whole data set
+
+The order of the rows is part of a manifest: shards refer to videos by row (counted from 0, header not counted).
+
+`Manifest.read` and `Manifest.write` are the file; `scan` makes one from a folder of videos, `scan_kinetics` from a
+folder and Kinetics' own annotation lists. numpy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+COLUMNS = ("path", "label", "subset")
+SUBSETS = ("train", "val", "test", "unused", "")
+VIDEO_EXTENSIONS = (
+    ".3gp", ".asf", ".avi", ".divx", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
+    ".ts", ".vob", ".webm", ".wmv",
+)  # fmt: skip
+
+StrPath = str | os.PathLike[str]
+
+_KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
+_KINETICS_SUBSETS = {"train": "train", "val": "val", "validate": "val", "test": "test"}  # "validate": Kinetics-700
+_KINETICS_NAME = re.compile(r"([A-Za-z0-9_-]{11})(?:_(\d+)_(\d+))?")
+# Lone surrogates stand for file names that are not UTF-8. Control characters would break the line-wise failure table,
+# and csv writers of different Python versions disagree on quoting a carriage return.
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_WINDOWS_DRIVE = re.compile(r"[A-Za-z]:/")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A table of videos: three columns of one length, validated on construction.
+
+    `known_classes` holds the classes of the manifest that this one is a subset of, so that a class without a video in
+    the subset does not renumber the others; it is neither written nor compared.
+
+    Raises ValueError, naming the row, for: columns of different lengths, no rows, a path that is empty, absolute,
+    with "..", backslashes or another spelling of a shorter path, a path listed twice, a label that is a number or has
+    white space around it, an unknown subset, control characters and undecodable file names.
+    """
+
+    paths: tuple[str, ...]
+    labels: tuple[str, ...]
+    subsets: tuple[str, ...]
+    known_classes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self.paths, self.labels, self.subsets, "manifest", lambda row: f"manifest row {row} (counted from 0)")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by class number: the alphabet, upper and lower case alike.
+
+        That is the official order of UCF101, HMDB51 and Kinetics-400. Names that differ in case only follow each
+        other in code point order, so that the order never depends on the run.
+        """
+        names = ({*self.labels} | {*self.known_classes}) - {""}
+        return tuple(sorted(names, key=lambda name: (name.casefold(), name)))
+
+    @cached_property
+    def label_numbers(self) -> np.ndarray:
+        """Class number of each row, int32 (n,), read only; -1 where the label is unknown."""
+        number = {name: i for i, name in enumerate(self.classes)} | {"": -1}
+        numbers = np.fromiter((number[label] for label in self.labels), np.int32, len(self))
+        numbers.flags.writeable = False
+        return numbers
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest over the rows in their order; the same however the file quotes them or orders its columns."""
+        digest = hashlib.sha256(b"manifest 1\n")
+        for row in zip(self.paths, self.labels, self.subsets):
+            digest.update(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
+        return digest.hexdigest()
+
+    def subset(self, name: str) -> Manifest:
+        """The rows of one subset, in order, class numbers unchanged; ValueError where there is none."""
+        rows = [i for i, subset in enumerate(self.subsets) if subset == name]
+        if not rows:
+            present = ", ".join(f"{s!r} ({self.subsets.count(s)})" for s in SUBSETS if s in self.subsets)
+            raise ValueError(f"no row of the manifest has the subset {name!r}; it has {present}: ask for one of these")
+        return Manifest(
+            tuple(self.paths[i] for i in rows),
+            tuple(self.labels[i] for i in rows),
+            tuple(self.subsets[i] for i in rows),
+            self.classes,
+        )
+
+    @classmethod
+    def read(cls, path: StrPath) -> Manifest:
+        """Read and validate a manifest file: UTF-8 (a byte order mark is tolerated), columns in any order.
+
+        Raises ValueError, naming the file and the line, for what the class refuses and for bytes that are not UTF-8,
+        a missing, doubled or unknown column, rows of another length, and quotes that do not close.
+        """
+        lines, rows = _read_csv(path, COLUMNS, ())
+        return _manifest(rows, str(path), lambda row: f"{path}, line {lines[row]}")
+
+    def write(self, path: StrPath) -> None:
+        """Write the file (UTF-8, LF line ends); all of it or, where that fails, none: an older file stays."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(zip(self.paths, self.labels, self.subsets))
+        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(text.getvalue().encode("utf-8"))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class KineticsScan(NamedTuple):
+    """What `scan_kinetics` found."""
+
+    manifest: Manifest
+    missing: list[str]  # annotated, not on disk: LABEL/ID_START_END, in the order of the annotations
+    unlisted: list[str]  # on disk, left out: no annotation names it
+    copies: list[str]  # on disk, left out: another file of the same annotated clip was taken
+
+
+def scan(folder: StrPath, labels: bool = True) -> Manifest:
+    """Make a manifest of the videos in a folder, at any depth, sorted by path.
+
+    A video is a file with one of VIDEO_EXTENSIONS, in upper or lower case. Names that begin with a dot are skipped;
+    links are followed. Its label is the name of the first folder under `folder` that holds it, and empty for a video
+    that lies directly in `folder` (so a flat folder has no labels). Where every first-level folder that holds videos
+    is called train, val or test, that is the subset, and the label is the second-level folder; otherwise the subset
+    is empty. `labels=False` leaves every label empty, for folders that are not classes.
+
+    Raises ValueError where `folder` is no folder or holds no video, or a name cannot stand in a manifest; OSError
+    where a folder cannot be listed.
+    """
+    paths = _videos(folder)
+    first = {path.split("/", 1)[0] for path in paths if "/" in path}
+    by_subset = bool(first) and first <= {"train", "val", "test"}
+    rows = []
+    for path in paths:
+        *folders, _ = path.split("/")
+        subset = folders.pop(0) if by_subset and folders else ""
+        rows.append((path, folders[0] if labels and folders else "", subset))
+    return _manifest(rows, str(folder), lambda row: f"{folder}: video {paths[row]!r}")
+
+
+def scan_kinetics(folder: StrPath, *annotations: StrPath) -> KineticsScan:
+    """Match the videos in a folder with one or more of the official Kinetics annotation lists.
+
+    A list is a CSV file with the columns label, youtube_id, time_start, time_end (whole seconds), split (train, val
+    or validate, test) and perhaps is_cc. Videos lie at any depth, under any folder names, with any of
+    VIDEO_EXTENSIONS, and are called ID.mp4 or ID_START_END.mp4 (times usually padded to six digits). A name with
+    times must have the annotated ones. A name without is enough where the lists hold that id once; where they hold
+    it several times, a folder above the file must be called like the label of one (spaces or underscores).
+    Labels and subsets are the lists', whatever the folders are called. Files are taken whole: the times are not
+    applied, so clips must have been cut already.
+
+    Of several files of one clip one with times in its name is taken, else the first by path; see `copies`.
+
+    Raises ValueError for a list that is malformed or contradicts itself (naming file and line), and where not one
+    annotated video is found.
+    """
+    clips = _read_kinetics(annotations)
+    by_id: dict[str, list[_Clip]] = {}
+    for clip in clips:
+        by_id.setdefault(clip.youtube_id, []).append(clip)
+
+    unlisted: list[str] = []
+    candidates: dict[_Clip, list[tuple[bool, str]]] = {}
+    for path in _videos(folder):
+        name = _KINETICS_NAME.fullmatch(PurePosixPath(path).stem)
+        matches = by_id.get(name[1], []) if name else []
+        if name and name[2]:
+            matches = [clip for clip in matches if (clip.start, clip.end) == (int(name[2]), int(name[3]))]
+        elif len(matches) > 1:
+            above = {_plain(part) for part in path.split("/")[:-1]}
+            matches = [clip for clip in matches if _plain(clip.label) in above]
+        if name and len(matches) == 1:
+            candidates.setdefault(matches[0], []).append((not name[2], path))
+        else:
+            unlisted.append(path)
+    if not candidates:
+        raise ValueError(
+            f"{folder}: none of its {len(unlisted)} videos is among the {len(clips)} annotated ones; names must be "
+            f"like {clips[0].youtube_id}.mp4 or {clips[0].file_name}.mp4: check the folder and the list"
+        )
+    rows = sorted((min(files)[1], clip.label, clip.subset) for clip, files in candidates.items())
+    return KineticsScan(
+        _manifest(rows, str(folder), lambda row: f"{folder}: video {rows[row][0]!r}"),
+        [clip.name for clip in clips if clip not in candidates],
+        unlisted,
+        sorted(path for files in candidates.values() for _, path in sorted(files)[1:]),
+    )
+
+
+class _Clip(NamedTuple):
+    """One annotated Kinetics clip; start and end in whole seconds of the original video."""
+
+    label: str
+    youtube_id: str
+    start: int
+    end: int
+    subset: str
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.youtube_id}_{self.start:06d}_{self.end:06d}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}/{self.file_name}"
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").casefold()
+
+
+def _read_kinetics(annotations: Sequence[StrPath]) -> list[_Clip]:
+    """All clips of the lists, in their order, each once."""
+    if not annotations:
+        raise ValueError("no annotation list is given: name at least one of Kinetics' CSV files")
+    seen: dict[tuple[str, int, int], tuple[_Clip, str]] = {}
+    for path in annotations:
+        for line, (label, youtube_id, start, end, split) in zip(*_read_csv(path, _KINETICS_COLUMNS, ("is_cc",))):
+            where = f"{path}, line {line}"
+            if not re.fullmatch(r"[A-Za-z0-9_-]{11}", youtube_id):
+                raise ValueError(f"{where}: youtube_id {youtube_id!r} is not 11 letters, digits, - or _: correct it")
+            if not (re.fullmatch("[0-9]+", start) and re.fullmatch("[0-9]+", end) and int(start) < int(end)):
+                raise ValueError(f"{where}: times {start!r} to {end!r} are not two rising whole seconds: correct them")
+            if split not in _KINETICS_SUBSETS:
+                raise ValueError(f"{where}: unknown split {split!r}; write one of {', '.join(_KINETICS_SUBSETS)}")
+            clip = _Clip(label, youtube_id, int(start), int(end), _KINETICS_SUBSETS[split])
+            first, first_where = seen.setdefault(clip[1:4], (clip, where))
+            if first != clip:
+                raise ValueError(
+                    f"{where}: {clip.name} ({clip.subset}) contradicts {first_where}, where the same clip is "
+                    f"{first.name} ({first.subset}): delete one of the two lines"
+                )
+    if not seen:
+        raise ValueError(f"{', '.join(map(str, annotations))}: no rows below the header: name a list that has some")
+    return [clip for clip, _ in seen.values()]
+
+
+def _videos(folder: StrPath) -> list[str]:
+    """Paths of the video files under a folder, relative to it, with forward slashes, sorted; at least one."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder} is not a folder: name the folder that holds the videos")
+    found: list[str] = []
+
+    def walk(path: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        status = os.stat(path)
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link to a folder that contains it would never end
+            return
+        for name in os.listdir(path):
+            full = os.path.join(path, name)
+            if name.startswith("."):  # "._clip.avi" and the like: what file systems leave beside the real ones
+                continue
+            if os.path.isdir(full):
+                walk(full, f"{prefix}{name}/", above | {here})
+            # A broken link counts: it becomes a row of the failure table, not a silent gap.
+            elif name.lower().endswith(VIDEO_EXTENSIONS) and (os.path.isfile(full) or os.path.islink(full)):
+                found.append(prefix + name)
+
+    walk(os.fspath(folder), "", frozenset())
+    if not found:
+        raise ValueError(f"{folder} holds no video: none of its files ends in {' '.join(VIDEO_EXTENSIONS)}")
+    return sorted(found)
+
+
+def _read_csv(path: StrPath, required: Sequence[str], optional: Sequence[str]) -> tuple[list[int], list[list[str]]]:
+    """Line numbers (from 1) and the fields of the required columns, in that order, of every line that is not blank."""
+    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8"
+        ) from None
+
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    valid = f"the columns are {','.join(required)}" + "".join(f" and perhaps {name}" for name in optional)
+    try:
+        header = next(reader, [])
+        for name in required:
+            if name not in header:
+                raise ValueError(f"{path}, line 1: column {name!r} is missing from {','.join(header)!r}; {valid}")
+        for name in header:
+            if name not in required and name not in optional:
+                raise ValueError(f"{path}, line 1: unknown column {name!r}; {valid}: delete the others")
+            if header.count(name) > 1:
+                raise ValueError(f"{path}, line 1: column {name!r} appears {header.count(name)} times; keep one")
+        order = [header.index(name) for name in required]
+        lines, rows = [], []
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(fields)} fields where the header has {len(header)}; put a "
+                    f"field that holds a comma in double quotes"
+                )
+            lines.append(reader.line_num)
+            rows.append([fields[i] for i in order])
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error}): check its quotes") from None
+    return lines, rows
+
+
+def _manifest(rows: Sequence[Sequence[str]], whole: str, where: Callable[[int], str]) -> Manifest:
+    """A manifest of rows (path, label, subset), checked first with the caller's names for `whole` and rows."""
+    paths, labels, subsets = (tuple(row[column] for row in rows) for column in range(len(COLUMNS)))
+    _check(paths, labels, subsets, whole, where)
+    return Manifest(paths, labels, subsets)
+
+
+def _check(
+    paths: Sequence[str],
+    labels: Sequence[str],
+    subsets: Sequence[str],
+    whole: str,
+    where: Callable[[int], str],
+) -> None:
+    """Raise ValueError for the first row that no manifest may hold; `where` names a row for the message."""
+    if not len(paths) == len(labels) == len(subsets):
+        raise ValueError(
+            f"{whole}: {len(paths)} paths, {len(labels)} labels and {len(subsets)} subsets; give one of each a video"
+        )
+    if not paths:
+        raise ValueError(f"{whole}: no rows: list at least one video")
+    seen: dict[str, int] = {}
+    for row, (path, label, subset) in enumerate(zip(paths, labels, subsets)):
+        if fault := _path_fault(path) or _label_fault(label):
+            raise ValueError(f"{where(row)}: {fault}")
+        if subset not in SUBSETS:
+            valid = ", ".join(SUBSETS[:-1])
+            raise ValueError(f"{where(row)}: unknown subset {subset!r}; write one of {valid}, or leave it empty")
+        if seen.setdefault(path, row) != row:
+            raise ValueError(
+                f"{where(row)}: duplicate path {path!r}, first at {where(seen[path])}; each video may be listed once: "
+                f"delete one"
+            )
+
+
+def _path_fault(path: str) -> str:
+    """What is wrong with a path, and the way out; empty where nothing is."""
+    if not isinstance(path, str):
+        return f"path {path!r} is a {type(path).__name__}: give text"
+    if not path:
+        return "empty path: write the video's path relative to the video folder"
+    if _UNWRITABLE.search(path):
+        return f"path {path!r} holds a control character or is not UTF-8: rename the file"
+    if "\\" in path:
+        return f"path {path!r} holds a backslash: separate folders by '/'"
+    if path.startswith("/") or _WINDOWS_DRIVE.match(path):
+        return f"absolute path {path!r}: write it relative to the video folder, which is named on the command line"
+    if ".." in path.split("/"):
+        return f"path {path!r} holds '..', which may leave the video folder: name a folder above all videos instead"
+    if path == "." or str(PurePosixPath(path)) != path:
+        return f"path {path!r} has an empty or '.' part: write {str(PurePosixPath(path))!r}"
+    return ""
+
+
+def _label_fault(label: str) -> str:
+    """What is wrong with a label, and the way out; empty where nothing is."""
+    if not isinstance(label, str):
+        return f"label {label!r} is a {type(label).__name__}: give a class name as text"
+    if _NUMBER.fullmatch(label):
+        return (
+            f"label {label!r} is a number; class numbers follow from the sorted names: write a name, such as "
+            f"{'class_' + label!r}, or leave it empty"
+        )
+    if _UNWRITABLE.search(label):
+        return f"label {label!r} holds a control character or is not UTF-8: rename the class"
+    if label != label.strip():
+        return f"label {label!r} has white space around it, which makes another class: write {label.strip()!r}"
+    return ""

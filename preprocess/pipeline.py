@@ -1,0 +1,268 @@
+"""A manifest's videos -> shards, in parallel, restartable. A task is one shard; what exists is complete and skipped."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import joblib
+from tqdm import tqdm
+
+from preprocess.codec import Codec, CodecError, CodecLost, plain
+from preprocess.manifest import Manifest
+from preprocess.shards import Failure, Origin, Settings, Shard, Spool, Video, shard_name, write_shard
+
+# Every library whose version can change a shard's bytes.
+LIBRARIES = ("av", "motion-vector-extractor", "simplejpeg", "h5py", "numpy")
+WORK = ".work"
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to make."""
+
+    number: int
+    first_row: int
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    videos: Path
+    out: Path
+    origin: Origin
+    time_limit: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run ends with."""
+
+    videos: int
+    frames: int
+    failures: list[Failure]
+    shards_made: int
+    shards_skipped: int
+    seconds: float
+
+
+def run(
+    manifest_path: Path,
+    videos: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    workers: int = 1,
+    videos_per_shard: int = 128,
+    part: tuple[int, int] = (1, 1),
+    retry_failed: bool = False,
+    time_limit: float = 600.0,
+) -> Summary:
+    """Make every shard of the manifest that is not there yet (or every `part`-th of them).
+
+    Raises ValueError, before any work, where the folder holds shards of other settings, library versions or another
+    manifest, and RuntimeError where a worker is lost.
+    """
+    started = time.monotonic()
+    manifest = Manifest.read(manifest_path)
+    if not videos.is_dir():
+        raise ValueError(f"--videos {videos} is not a folder; it is what the manifest's paths are relative to")
+    tasks = plan(manifest, videos, out, settings, videos_per_shard, time_limit)
+    out.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(out, tasks)
+    index, parts = part
+    if not 1 <= index <= parts:
+        raise ValueError(f"--part {index}/{parts}: the first number runs from 1 to the second")
+    mine = [t for t in tasks if t.number % parts == index - 1]
+    todo = [t for t in mine if _needed(t, retry_failed)]
+    skipped = len(mine) - len(todo)
+    made: list[tuple[int, int, list[Failure]]] = []
+    with _progress(todo):
+        try:
+            jobs = (joblib.delayed(make_shard)(t) for t in todo)
+            made.extend(joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(jobs))
+        except joblib.externals.loky.process_executor.TerminatedWorkerError as error:
+            raise RuntimeError(
+                "a worker process was killed, probably for lack of memory: lower --workers and run the same command "
+                "again; finished shards are kept"
+            ) from error
+    failures = write_failures(out)
+    if (out / WORK).is_dir() and not any((out / WORK).iterdir()):
+        (out / WORK).rmdir()
+    return Summary(
+        videos=sum(m[0] for m in made),
+        frames=sum(m[1] for m in made),
+        failures=failures,
+        shards_made=len(made),
+        shards_skipped=skipped,
+        seconds=time.monotonic() - started,
+    )
+
+
+def plan(
+    manifest: Manifest, videos: Path, out: Path, settings: Settings, videos_per_shard: int, time_limit: float
+) -> list[Task]:
+    """Cut a manifest into one task a shard."""
+    if videos_per_shard < 1:
+        raise ValueError(f"--videos-per-shard is {videos_per_shard}; it must be at least 1")
+    starts = range(0, len(manifest.paths), videos_per_shard)
+    versions = {name: version(name) for name in LIBRARIES} | {"python machine": platform.machine()}
+    origin = Origin(settings, manifest.sha256, manifest.classes, versions, len(starts))
+    numbers = manifest.label_numbers
+    return [
+        Task(
+            number=k,
+            first_row=start,
+            paths=manifest.paths[start : start + videos_per_shard],
+            labels=tuple(int(n) for n in numbers[start : start + videos_per_shard]),
+            videos=videos,
+            out=out,
+            origin=origin,
+            time_limit=time_limit,
+        )
+        for k, start in enumerate(starts)
+    ]
+
+
+def refuse_foreign(out: Path, tasks: list[Task]) -> None:
+    """Raise ValueError where the folder holds shards that this run would not make; nothing is deleted."""
+    expected = {shard_name(t.number): t for t in tasks}
+    for path in sorted(out.glob("shard-*.h5")):
+        shard = Shard(path)
+        differences = tasks[0].origin.differences(shard.origin)
+        task = expected.get(path.name)
+        if not differences and task and (shard.first_row, shard.rows) != (task.first_row, len(task.paths)):
+            differences = [f"videos per shard: {shard.rows} there, {len(task.paths)} here"]
+        if differences:
+            raise ValueError(
+                f"{path} was made by another run ({'; '.join(differences)}). Nothing was deleted: choose another --out, "
+                "or run with what it was made with"
+            )
+
+
+def _needed(task: Task, retry_failed: bool) -> bool:
+    path = task.out / shard_name(task.number)
+    return not path.exists() or (retry_failed and bool(Shard(path).failed))
+
+
+def make_shard(task: Task) -> tuple[int, int, list[Failure]]:
+    """Make one shard; returns videos stored, frames stored and failures. Runs in a worker."""
+    work = task.out / WORK / shard_name(task.number).removesuffix(".h5")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{work} is being worked on by another process: wait for it, or stop it") from error
+        spool = Spool(work)
+        spool.truncate((0,) * len(spool.names))  # what an earlier, killed attempt left
+        videos: list[Video] = []
+        failures: list[Failure] = []
+        frames = 0
+        _tell(work, 0, 0, 0)
+        with Codec() as codec:
+            for row, (path, label) in enumerate(zip(task.paths, task.labels), start=task.first_row):
+                stored = _store(codec, task, spool, row, path, label)
+                if isinstance(stored, Video):
+                    videos.append(stored)
+                    frames += len(stored.frame_bytes)
+                else:
+                    failures.append(stored)
+                _tell(work, len(videos), frames, len(failures))
+        write_shard(task.out, task.number, task.origin, task.first_row, len(task.paths), videos, failures, spool)
+        shutil.rmtree(work)
+    return len(videos), frames, failures
+
+
+def _store(codec: Codec, task: Task, spool: Spool, row: int, path: str, label: int) -> Video | Failure:
+    """One video into the spool, or why not. A decoder that dies or hangs is replaced and the video tried once more."""
+    before = spool.sizes()
+    reason = ""
+    for _ in range(2):
+        try:
+            answer = codec.convert(task.videos / path, spool, task.origin.settings, task.time_limit)
+            return Video(row, path, label, **answer)
+        except CodecError as error:
+            reason = str(error)
+            break
+        except CodecLost as error:
+            reason = str(error)
+            spool.truncate(before)
+    spool.truncate(before)
+    return Failure(row, path, plain(reason, str(task.videos)))
+
+
+def _tell(work: Path, videos: int, frames: int, failures: int) -> None:
+    """Leave this shard's progress where whoever watches the folder finds it, on any machine."""
+    (work / "progress.new").write_text(json.dumps([videos, frames, failures]))
+    os.replace(work / "progress.new", work / "progress")
+
+
+@contextmanager
+def _progress(todo: list[Task]) -> Iterator[None]:
+    """A bar over all workers: videos done, frames a second, failures."""
+    done = threading.Event()
+    bar = tqdm(total=sum(len(t.paths) for t in todo), unit="video", disable=None, smoothing=0.05)
+    started = time.monotonic()
+
+    def watch() -> None:
+        seen: dict[int, list[int]] = {}
+        while True:
+            last = done.wait(POLL_SECONDS)
+            for task in todo:
+                work = task.out / WORK / shard_name(task.number).removesuffix(".h5")
+                try:
+                    seen[task.number] = json.loads((work / "progress").read_text())
+                except FileNotFoundError:
+                    if (task.out / shard_name(task.number)).exists():
+                        entry = seen.setdefault(task.number, [0, 0, 0])
+                        entry[0] = len(task.paths) - entry[2]
+            videos, frames, failures = (sum(s[i] for s in seen.values()) for i in range(3))
+            bar.n = videos + failures
+            bar.set_postfix_str(f"{frames / (time.monotonic() - started):.0f} frames/s, {failures} failed")
+            if last:
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        bar.close()
+
+
+def write_failures(out: Path) -> list[Failure]:
+    """Collect the failure rows of every finished shard into failures.csv; returns them."""
+    failures = [f for p in sorted(out.glob("shard-*.h5")) for f in Shard(p).failed]
+    new = out / f"failures.csv.{os.getpid()}"
+    with open(new, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Failure._fields)
+        writer.writerows(failures)
+    os.replace(new, out / "failures.csv")
+    return failures
+
+
+def report(summary: Summary, out: Path) -> None:
+    """Say what a run did, failures first."""
+    for failure in summary.failures[:20]:
+        print(f"failed  {failure.path}: {failure.reason}", file=sys.stderr)
+    if len(summary.failures) > 20:
+        print(f"failed  … {len(summary.failures) - 20} more in {out / 'failures.csv'}", file=sys.stderr)
+    rate = summary.frames / max(summary.seconds, 1e-9)
+    print(
+        f"{summary.shards_made} shards made, {summary.shards_skipped} already there: {summary.videos} videos, "
+        f"{summary.frames} frames in {summary.seconds:.1f} s ({rate:.0f} frames/s), {len(summary.failures)} failed"
+    )

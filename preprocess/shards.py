@@ -1,0 +1,542 @@
+"""The shard format, both sides of the contract: schema, writer, reader. numpy and h5py only.
+
+A shard is one HDF5 file that holds a run of consecutive manifest rows as flat columns. Every dataset is contiguous and
+uncompressed, so a reader asks HDF5 once where the bytes lie and then maps the file: no lock, no chunk cache, no copy.
+
+| dataset | type, shape | meaning |
+|---|---|---|
+| videos/row | int64 (n,) | row of the manifest |
+| videos/path, videos/path_offset | uint8 (bytes), int64 (n+1,) | UTF-8 paths, end to end |
+| videos/label | int32 (n,) | number in the attribute `classes`, -1 unknown |
+| videos/fps | float64 (n,) | average frame rate of the source |
+| videos/source_size | int32 (n, 2) | height, width of the source as displayed |
+| videos/frame_offset | int64 (n+1,) | first frame of each video in frames/ and motion |
+| videos/decode_errors | int32 (n,) | packets of the source that did not decode and were skipped |
+| frames/jpeg, frames/jpeg_offset | uint8 (bytes), int64 (F+1,) | every frame, frame_height x frame_width |
+| iframes/jpeg, iframes/jpeg_offset | uint8 (bytes), int64 (K+1,) | every I-frame, height x width |
+| iframes/frame | int64 (K,) | which frame of frames/ each I-frame is |
+| motion | int16 (F, rows, cols, 2) | see below |
+| failed/row | int64 (m,) | manifest rows that could not be stored |
+| failed/path, failed/reason (each with _offset) | uint8 (bytes), int64 (m+1,) | their paths, and why |
+
+Motion vectors, stated once for the whole project:
+
+| | |
+|---|---|
+| cell (r, c) | the macroblock over pixels [16r, 16r+16) x [16c, 16c+16) of the encoded frame; the grid may overhang it |
+| last axis | (dx, dy), +x right, +y down |
+| meaning | displacement of the content from the previous frame to this one |
+| unit | quarter pixels of the encoded frame |
+| no vector | `INTRA` (-32768): intra block, or an I-frame; a skipped block is a true zero |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+FORMAT = "context-motion-shard"
+VERSION = 1
+MACROBLOCK = 16
+QUARTERS = 4  # motion is stored in quarter pixels
+INTRA = -32768
+COPY_BYTES = 1 << 24
+
+SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
+    "videos/row": ("int64", ("n",)),
+    "videos/path": ("uint8", ("path_bytes",)),
+    "videos/path_offset": ("int64", ("n+1",)),
+    "videos/label": ("int32", ("n",)),
+    "videos/fps": ("float64", ("n",)),
+    "videos/source_size": ("int32", ("n", 2)),
+    "videos/frame_offset": ("int64", ("n+1",)),
+    "videos/decode_errors": ("int32", ("n",)),
+    "frames/jpeg": ("uint8", ("frame_bytes",)),
+    "frames/jpeg_offset": ("int64", ("F+1",)),
+    "iframes/jpeg": ("uint8", ("iframe_bytes",)),
+    "iframes/jpeg_offset": ("int64", ("K+1",)),
+    "iframes/frame": ("int64", ("K",)),
+    "motion": ("int16", ("F", "rows", "cols", 2)),
+    "failed/row": ("int64", ("m",)),
+    "failed/path": ("uint8", ("failed_path_bytes",)),
+    "failed/path_offset": ("int64", ("m+1",)),
+    "failed/reason": ("uint8", ("reason_bytes",)),
+    "failed/reason_offset": ("int64", ("m+1",)),
+}
+OFFSETS = {name: name.removesuffix("_offset") for name in SCHEMA if name.endswith("_offset")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How stage 1 encodes and stores. Its hash is in every shard; shards of different settings never mix."""
+
+    width: int = 340
+    """Width of the encoded frame and of the stored I-frames, pixels (even)."""
+    height: int = 256
+    """Height of the encoded frame and of the stored I-frames, pixels (even)."""
+    gop: int = 12
+    """Frames a group of pictures: one I-frame, then gop - 1 P-frames (paper section 2.2: 12)."""
+    quantiser: int = 2
+    """Constant quantiser of the MPEG-4 encoder, 2 (best) to 31; 2 is what ffmpeg's -q:v 1 yields."""
+    frame_width: int = 228
+    """Width of the stored training frames, pixels (even)."""
+    frame_height: int = 172
+    """Height of the stored training frames, pixels (even)."""
+    jpeg_quality: int = 90
+    """Quality of frames and I-frames, 1 to 100 (4:2:0)."""
+
+    def __post_init__(self) -> None:
+        limits = {"width": (16, 8190), "height": (16, 8190), "frame_width": (16, 8190), "frame_height": (16, 8190)}
+        limits |= {"gop": (1, 600), "quantiser": (2, 31), "jpeg_quality": (1, 100)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; choose a value from {low} to {high}")
+            if name.endswith(("width", "height")) and value % 2:
+                raise ValueError(f"{name} is {value}; 4:2:0 needs an even number, for example {value + 1}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the motion grid."""
+        return -(-self.height // MACROBLOCK), -(-self.width // MACROBLOCK)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        values = json.loads(text)
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            raise ValueError(f"settings name {sorted(set(values) ^ known)}, which this version does not share")
+        return cls(**values)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a shard was made from; equal origins and equal videos give equal bytes."""
+
+    settings: Settings
+    manifest_sha256: str
+    classes: tuple[str, ...]
+    versions: dict[str, str]
+    """Version of every library that shapes the bytes."""
+    shards: int
+    """How many shards the manifest is cut into."""
+
+    def differences(self, other: Origin) -> list[str]:
+        """Sentences naming each field in which the two differ."""
+        mine, theirs = self._flat(), other._flat()
+        names = sorted(set(mine) | set(theirs))
+        return [f"{n}: {theirs.get(n)} there, {mine.get(n)} here" for n in names if mine.get(n) != theirs.get(n)]
+
+    def _flat(self) -> dict[str, Any]:
+        flat: dict[str, Any] = {f"settings.{k}": v for k, v in asdict(self.settings).items()}
+        flat |= {f"version of {k}": v for k, v in self.versions.items()}
+        return flat | {"manifest sha256": self.manifest_sha256, "classes": self.classes, "shards": self.shards}
+
+
+class Failure(NamedTuple):
+    """A manifest row that could not be stored."""
+
+    row: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Video:
+    """One stored video, as the writer takes it; its bytes are already at the end of the spool."""
+
+    row: int
+    path: str
+    label: int
+    fps: float
+    source_size: tuple[int, int]
+    frame_bytes: np.ndarray
+    """Length of each frame's JPEG, int64 (T,)."""
+    iframe_bytes: np.ndarray
+    """Length of each I-frame's JPEG, int64 (K,)."""
+    iframe_frame: np.ndarray
+    """Frame number of each I-frame within the video, int64 (K,)."""
+    decode_errors: int = 0
+
+
+@dataclass(frozen=True)
+class Spool:
+    """Bytes of the videos of one unfinished shard, appended file by file, so that memory does not grow with length."""
+
+    folder: Path
+    names: tuple[str, ...] = field(default=("frames", "iframes", "motion"), repr=False)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def sizes(self) -> tuple[int, ...]:
+        """Current length of each file, to come back to with `truncate` when a video fails half way."""
+        return tuple(self.path(n).stat().st_size if self.path(n).exists() else 0 for n in self.names)
+
+    def truncate(self, sizes: tuple[int, ...]) -> None:
+        for name, size in zip(self.names, sizes, strict=True):
+            with open(self.path(name), "ab") as f:
+                f.truncate(size)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.h5"
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    origin: Origin,
+    first_row: int,
+    rows: int,
+    videos: list[Video],
+    failures: list[Failure],
+    spool: Spool,
+) -> Path:
+    """Assemble, flush, verify and rename one shard; what exists under the final name is complete.
+
+    Raises OSError (disk full and the like) and leaves no partial shard behind.
+    """
+    path, partial = folder / shard_name(number), spool.folder / shard_name(number)
+    columns = _columns(videos, failures)
+    frames = int(columns["videos/frame_offset"][-1])
+    spooled = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion"}
+    shapes = {
+        "frames/jpeg": (int(columns["frames/jpeg_offset"][-1]),),
+        "iframes/jpeg": (int(columns["iframes/jpeg_offset"][-1]),),
+        "motion": (frames, *origin.settings.grid, 2),
+    }
+    with h5py.File(partial, "w", libver=("v108", "v108"), alignment_threshold=1, alignment_interval=64) as f:
+        attributes = {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": origin.settings.to_json(),
+            "settings_sha256": origin.settings.sha256(),
+            "manifest_sha256": origin.manifest_sha256,
+            "classes": json.dumps(origin.classes),
+            "versions": json.dumps(origin.versions, sort_keys=True),
+            "shard": number,
+            "shards": origin.shards,
+            "first_row": first_row,
+            "rows": rows,
+        }
+        for name, value in attributes.items():
+            # Fixed-length bytes: variable-length strings would put the value in a heap of its own.
+            f.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
+        for name, (dtype, _) in SCHEMA.items():
+            shape = shapes[name] if name in spooled else columns[name].shape
+            dataset = f.create_dataset(name, shape, dtype, track_times=False)
+            if name in spooled:
+                _copy(spool.path(spooled[name]), dataset)
+            elif len(columns[name]):
+                dataset[...] = columns[name]
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    problems = verify(Shard(partial))
+    if problems:
+        raise OSError(f"{partial} was written but does not read back: {problems[0]}")
+    sidecar = spool.folder / (path.name + ".sha256")
+    sidecar.write_text(f"{file_sha256(partial)}  {path.name}\n")
+    # The checksum goes first: a shard under its final name always has one.
+    os.replace(sidecar, folder / sidecar.name)
+    os.replace(partial, path)
+    return path
+
+
+def _columns(videos: list[Video], failures: list[Failure]) -> dict[str, np.ndarray]:
+    frames = [len(v.frame_bytes) for v in videos]
+    starts = np.concatenate([[0], np.cumsum(frames)]).astype(np.int64)
+    path, path_offset = _pack(v.path for v in videos)
+    failed_path, failed_path_offset = _pack(f.path for f in failures)
+    reason, reason_offset = _pack(f.reason for f in failures)
+    iframe = [v.iframe_frame + start for v, start in zip(videos, starts)]
+    return {
+        "videos/row": np.array([v.row for v in videos], np.int64),
+        "videos/path": path,
+        "videos/path_offset": path_offset,
+        "videos/label": np.array([v.label for v in videos], np.int32),
+        "videos/fps": np.array([v.fps for v in videos], np.float64),
+        "videos/source_size": np.array([v.source_size for v in videos], np.int32).reshape(-1, 2),
+        "videos/frame_offset": starts,
+        "videos/decode_errors": np.array([v.decode_errors for v in videos], np.int32),
+        "frames/jpeg_offset": _offsets(v.frame_bytes for v in videos),
+        "iframes/jpeg_offset": _offsets(v.iframe_bytes for v in videos),
+        "iframes/frame": np.concatenate([*iframe, np.empty(0)]).astype(np.int64),
+        "failed/row": np.array([f.row for f in failures], np.int64),
+        "failed/path": failed_path,
+        "failed/path_offset": failed_path_offset,
+        "failed/reason": reason,
+        "failed/reason_offset": reason_offset,
+    }
+
+
+def _offsets(lengths: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.concatenate([*lengths, np.empty(0)]))]).astype(np.int64)
+
+
+def _pack(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    encoded = [t.encode("utf-8", "surrogateescape") for t in texts]
+    return np.frombuffer(b"".join(encoded), np.uint8), _offsets([np.array([len(t) for t in encoded], np.int64)])
+
+
+def _unpack(data: np.ndarray, offset: np.ndarray) -> list[str]:
+    raw = data.tobytes()
+    return [raw[a:b].decode("utf-8", "surrogateescape") for a, b in zip(offset[:-1].tolist(), offset[1:].tolist())]
+
+
+def _copy(source: Path, dataset: h5py.Dataset) -> None:
+    """Stream a spool file into a contiguous dataset of the same size, a piece at a time."""
+    size = dataset.size * dataset.dtype.itemsize
+    if not size:
+        return
+    if source.stat().st_size != size:
+        raise OSError(f"{source} has {source.stat().st_size} bytes where its index counts {size}")
+    rows = max(1, COPY_BYTES // (size // len(dataset)))
+    with open(source, "rb") as f:
+        for start in range(0, len(dataset), rows):
+            part = (min(rows, len(dataset) - start), *dataset.shape[1:])
+            dataset[start : start + rows] = np.fromfile(f, dataset.dtype, int(np.prod(part))).reshape(part)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(COPY_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class Shard:
+    """One finished shard, mapped read-only. Safe in forked and spawned workers: HDF5 is open only in the constructor.
+
+    Attributes (n videos, F frames, K I-frames): `row`, `label`, `fps`, `source_size`, `frame_offset`, `decode_errors`,
+    `frame_jpeg_offset`, `iframe_jpeg_offset`, `iframe_frame` and `motion` are the mapped columns of the table above.
+
+    Raises ValueError naming file and dataset where the file is not a shard of this version, or is damaged so that
+    reading would leave it; a flipped bit inside the data is found by `verify` and the checksum, not here.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with h5py.File(self.path, "r") as f:
+                attributes = self._attributes(f)
+                self._layout = self._read_layout(f)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise ValueError(f"{self.path} cannot be read as a shard: {error}") from error
+        self.settings = Settings.from_json(attributes["settings"])
+        if attributes["settings_sha256"] != self.settings.sha256():
+            raise ValueError(f"{self.path}: the settings do not match their own hash")
+        self.origin = Origin(
+            self.settings,
+            attributes["manifest_sha256"],
+            tuple(json.loads(attributes["classes"])),
+            json.loads(attributes["versions"]),
+            int(attributes["shards"]),
+        )
+        self.number, self.first_row, self.rows = (int(attributes[k]) for k in ("shard", "first_row", "rows"))
+        self._columns: dict[str, np.ndarray] = {}
+        self._check_offsets()
+
+    def _attributes(self, f: h5py.File) -> dict[str, Any]:
+        values = {k: v.decode() if isinstance(v, bytes) else v for k, v in f.attrs.items()}
+        if values.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is an HDF5 file but not a shard (attribute format: {values.get('format')!r})")
+        if values.get("version") != VERSION:
+            raise ValueError(
+                f"{self.path} has format version {values.get('version')}, this program reads {VERSION}: "
+                "run stage 1 again, or use the program version that wrote it"
+            )
+        return values
+
+    def _read_layout(self, f: h5py.File) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """Type, shape and byte offset of every dataset, each checked before a byte is mapped."""
+        size = os.path.getsize(self.path)
+        grid = Settings.from_json(f.attrs["settings"].decode()).grid
+        known: dict[str | int, int] = {"rows": grid[0], "cols": grid[1], 2: 2}
+        layout = {}
+        for name, (dtype, dims) in SCHEMA.items():
+            for parent in (name.rpartition("/")[0], name):
+                if parent and not isinstance(f.get(parent, getlink=True), h5py.HardLink):
+                    raise ValueError(f"{self.path}: {parent} is missing or a link; shards hold plain datasets only")
+            data = f[name]
+            if not isinstance(data, h5py.Dataset) or data.dtype != np.dtype(dtype) or data.ndim != len(dims):
+                raise ValueError(f"{self.path}: {name} is not a dataset of type {dtype} with {len(dims)} dimensions")
+            if data.chunks is not None or data.is_virtual or data.external:
+                raise ValueError(f"{self.path}: {name} is not stored contiguously inside the file")
+            for dim, length in zip(dims, data.shape):
+                base = known.setdefault(dim, length)
+                if isinstance(dim, str) and dim.endswith("+1"):
+                    base = known.setdefault(dim[:-2], length - 1) + 1
+                if length != base:
+                    raise ValueError(f"{self.path}: {name} has shape {data.shape}; {dim} should be {base}")
+            offset = data.id.get_offset() if data.size else 0
+            if offset is None or offset + data.size * data.dtype.itemsize > size:
+                raise ValueError(f"{self.path}: {name} lies outside the file's {size} bytes: the file is truncated")
+            layout[name] = (dtype, data.shape, offset)
+        return layout
+
+    def _check_offsets(self) -> None:
+        for name, target in OFFSETS.items():
+            offsets = self[name]
+            end = len(self["motion"]) if name == "videos/frame_offset" else len(self[target])
+            if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
+                raise ValueError(f"{self.path}: {name} does not run from 0 to {end} without stepping back")
+        if len(self.iframe_frame) and not 0 <= self.iframe_frame.min() <= self.iframe_frame.max() < len(self.motion):
+            raise ValueError(f"{self.path}: iframes/frame points outside the {len(self.motion)} frames")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A column of the schema, mapped."""
+        if not self._columns:
+            with open(self.path, "rb") as f:
+                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            for key, (dtype, shape, offset) in self._layout.items():
+                count = int(np.prod(shape))
+                flat = np.frombuffer(mapped, dtype, count, offset) if count else np.empty(0, dtype)
+                self._columns[key] = flat.reshape(shape)
+        return self._columns[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_columns": {}}  # the map is made anew where the shard is unpickled
+
+    def __len__(self) -> int:
+        return len(self["videos/row"])
+
+    row = property(lambda self: self["videos/row"])
+    label = property(lambda self: self["videos/label"])
+    fps = property(lambda self: self["videos/fps"])
+    source_size = property(lambda self: self["videos/source_size"])
+    frame_offset = property(lambda self: self["videos/frame_offset"])
+    decode_errors = property(lambda self: self["videos/decode_errors"])
+    iframe_frame = property(lambda self: self["iframes/frame"])
+    motion = property(lambda self: self["motion"])
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.origin.classes)
+
+    @property
+    def manifest_sha256(self) -> str:
+        return self.origin.manifest_sha256
+
+    @property
+    def paths(self) -> list[str]:
+        return _unpack(self["videos/path"], self["videos/path_offset"])
+
+    @property
+    def failed(self) -> list[Failure]:
+        paths = _unpack(self["failed/path"], self["failed/path_offset"])
+        reasons = _unpack(self["failed/reason"], self["failed/reason_offset"])
+        return [Failure(*f) for f in zip(self["failed/row"].tolist(), paths, reasons)]
+
+    def frame_jpeg(self, frame: int) -> np.ndarray:
+        """JPEG of one frame, uint8 view; `frame` counts over the shard (frame_offset[v] + t)."""
+        offset = self["frames/jpeg_offset"]
+        return self["frames/jpeg"][offset[frame] : offset[frame + 1]]
+
+    def iframe_jpeg(self, iframe: int) -> np.ndarray:
+        """JPEG of one I-frame, uint8 view; `iframe` counts over the shard, as `iframe_frame` does."""
+        offset = self["iframes/jpeg_offset"]
+        return self["iframes/jpeg"][offset[iframe] : offset[iframe + 1]]
+
+
+def verify(shard: Shard) -> list[str]:
+    """What is wrong with a shard's contents: rows, GOP regularity, motion on I-frames, JPEG markers. Empty if sound."""
+    problems = []
+    rows = np.sort(np.concatenate([shard.row, shard["failed/row"]]))
+    if not np.array_equal(rows, np.arange(shard.first_row, shard.first_row + shard.rows)):
+        problems.append(f"rows stored and failed do not make up {shard.first_row}..{shard.first_row + shard.rows - 1}")
+    lengths = np.diff(shard.frame_offset)
+    if (lengths < 1).any():
+        problems.append("a stored video has no frame")
+    starts = shard.frame_offset[:-1].tolist()
+    expected = [np.arange(s, s + n, shard.settings.gop) for s, n in zip(starts, lengths.tolist())]
+    if not np.array_equal(np.concatenate([*expected, np.empty(0, np.int64)]), shard.iframe_frame):
+        problems.append(f"I-frames are not exactly every {shard.settings.gop} frames")
+    elif not (shard.motion[shard.iframe_frame] == INTRA).all():
+        problems.append("an I-frame carries motion vectors")
+    for kind in ("frames", "iframes"):
+        data, offset = shard[f"{kind}/jpeg"], shard[f"{kind}/jpeg_offset"]
+        if len(offset) == 1:
+            continue
+        first, last = offset[:-1], offset[1:]
+        if (last - first < 4).any():
+            problems.append(f"{kind}/jpeg holds an empty image")
+        elif not (
+            (data[first] == 0xFF).all()
+            and (data[first + 1] == 0xD8).all()
+            and (data[last - 2] == 0xFF).all()
+            and (data[last - 1] == 0xD9).all()
+        ):
+            problems.append(f"{kind}/jpeg holds bytes that do not begin and end as a JPEG")
+    return [f"{shard.path}: {p}" for p in problems]
+
+
+class ShardSet:
+    """Every shard of a folder as one table of videos: numpy arrays, picklable, nothing held open.
+
+    Raises ValueError where shards are missing, or were made with different settings or from different manifests.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        names = sorted(self.folder.glob("shard-*.h5"))
+        if not names:
+            raise ValueError(f"{self.folder} holds no shards (shard-*.h5): make them with python -m preprocess run")
+        self.shards = [Shard(p) for p in names]
+        self.origin = self.shards[0].origin
+        for shard in self.shards:
+            if differences := self.origin.differences(shard.origin):
+                raise ValueError(f"{shard.path} does not belong with {names[0].name}: {'; '.join(differences)}")
+        missing = sorted(set(range(self.origin.shards)) - {s.number for s in self.shards})
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {len(missing)} of {self.origin.shards} shards ({missing[:10]}...): "
+                "run the same python -m preprocess run command again to finish them"
+            )
+        self.settings = self.origin.settings
+        counts = [len(s) for s in self.shards]
+        self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.label = np.concatenate([s.label for s in self.shards]).astype(np.int32)
+        self.frames = np.concatenate([np.diff(s.frame_offset) for s in self.shards]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.origin.classes)
+
+    @property
+    def paths(self) -> list[str]:
+        """Path of every video, built on request: a list of strings kept here would be copied into every worker."""
+        return [p for s in self.shards for p in s.paths]
+
+    @property
+    def failed(self) -> list[Failure]:
+        return [f for s in self.shards for f in s.failed]
+
+    def locate(self, video: int) -> tuple[Shard, int]:
+        """The shard that holds a video, and the video's index in it."""
+        number = int(np.searchsorted(self._first, video, side="right")) - 1
+        return self.shards[number], int(video - self._first[number])
+
+    def sha256(self) -> str:
+        """Hash over the checksums of all shards: names the set in results."""
+        lines = [(s.path.parent / (s.path.name + ".sha256")).read_text() for s in self.shards]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()

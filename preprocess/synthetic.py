@@ -1,0 +1,382 @@
+"""The embedded data set: scenes that cross context with motion, rendered by numpy and encoded as real video files.
+
+A scene is a static background with textured sprites that drift over it. The background belongs to a *context* (a family
+of palette and texture scale), the drift to a *motion* (four headings, two turning senses). The two are crossed in equal
+numbers, so that neither tells the other, and:
+
+- everything else (background noise, colours, light, sprites, places, speeds) is drawn without looking at either;
+- sprites start anywhere and wrap around the frame's edges (a torus). A place drawn uniformly on a torus stays uniform
+  whatever the motion, so every single frame has the same distribution for all motions. Bouncing would turn the heading,
+  and leaving the frame would let the place tell it;
+- the sprites of a scene move alike, hence nearly every crop sees the motion.
+
+Every pixel is a function of (seed, subset, index) and the settings; the number of workers changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from preprocess.manifest import Manifest
+
+RENDERING = 1  # raise it whenever the pixels of a scene change: folders written before are then refused, not mixed
+FRAME_RATE = 25
+SETTINGS_NAME = "scenes.json"
+MANIFEST_NAME = "manifest.csv"
+SUBSETS = ("train", "test")
+
+Colour = tuple[int, int, int]
+Floats = NDArray[np.float32]
+Image = NDArray[np.uint8]
+
+
+class Family(NamedTuple):
+    """A context: the colours of troughs, slopes and crests of its texture (RGB, 0-255) and its wavelength in pixels."""
+
+    dark: Colour
+    middle: Colour
+    light: Colour
+    wavelength: float
+
+
+# Three palettes that overlap at their ends, each at two texture scales: colour alone cannot tell the six apart, scale
+# alone cannot either. The scales lie further apart than a crop of a fifth of the frame (2.2 times) can move them.
+CONTEXTS: dict[str, Family] = {
+    "dunes": Family((122, 88, 54), (176, 140, 92), (214, 188, 140), 40.0),
+    "meadow": Family((58, 76, 40), (104, 132, 66), (168, 176, 104), 9.0),
+    "lagoon": Family((40, 74, 88), (70, 124, 138), (142, 182, 176), 40.0),
+    "gravel": Family((96, 82, 66), (154, 136, 108), (204, 190, 160), 9.0),
+    "grove": Family((44, 64, 40), (92, 120, 62), (156, 164, 96), 40.0),
+    "rapids": Family((52, 80, 96), (88, 134, 146), (168, 194, 188), 9.0),
+}
+
+# Heading at frame 0 in degrees (0 right, 90 down, as y points down; None anywhere) and turning sense (+1 clockwise).
+MOTIONS: dict[str, tuple[float | None, int]] = {
+    "rightward": (0.0, 0),
+    "leftward": (180.0, 0),
+    "upward": (270.0, 0),
+    "downward": (90.0, 0),
+    "clockwise": (None, 1),
+    "anticlockwise": (None, -1),
+}
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What the data set holds. Ranges (lowest, highest) are drawn from uniformly; lengths are pixels of the video.
+
+    ValueError for counts that do not fill the contexts x motions cells equally and for sprites too large to wrap.
+    """
+
+    contexts: int = 6  # the first so many of CONTEXTS
+    motions: int = 6  # the first so many of MOTIONS
+    train: int = 288
+    test: int = 360
+    frames: int = 72
+    width: int = 176
+    height: int = 144
+    seed: int = 0
+
+    # How hard the contexts are: variation inside a family (standard deviations).
+    scale_jitter: float = 0.25  # octaves of the texture's wavelength
+    palette_jitter: float = 12.0  # of 255, each colour and channel on its own
+    tint_jitter: float = 12.0  # of 255, each channel, the same for the three colours of a scene
+    brightness_jitter: float = 0.15  # natural logarithm of the gain
+    contrast_jitter: float = 0.25  # natural logarithm of the texture's amplitude
+    lighting: float = 0.12  # of blotches of light and shade as large as the frame, relative
+    camera_drift: float = 0.0  # pixels a frame the background slides at most, in any direction; no sprite follows it
+
+    # How hard the motions are.
+    sprites: int = 2
+    sprite_size: tuple[float, float] = (56.0, 72.0)  # across, at the widest
+    sprite_wavelength: tuple[float, float] = (12.0, 20.0)  # smooth enough for an encoder to match, too long to mismatch
+    sprite_saturation: float = 0.5  # 0 grey ... 1 full colour
+    speed: tuple[float, float] = (2.0, 4.0)  # pixels a frame along the path
+    radius: tuple[float, float] = (16.0, 24.0)  # of the turning motions' circle
+    heading_jitter: float = 10.0  # degrees either side, straight motions
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("contexts", self.contexts, CONTEXTS), ("motions", self.motions, MOTIONS)):
+            if not 1 <= value <= len(most):
+                raise ValueError(f"{name} is {value}, but must be 1 to {len(most)}: {', '.join(most)}")
+        for name, value in (("train", self.train), ("test", self.test)):
+            if value < 0 or value % self.cells:
+                raise ValueError(
+                    f"{name} is {value}, but must be a multiple of {self.cells} ({self.contexts} contexts x "
+                    f"{self.motions} motions), so that neither tells the other: {math.ceil(value / self.cells) * self.cells} would do"
+                )
+        if self.frames < 1 or self.width < 2 or self.height < 2 or self.width % 2 or self.height % 2:
+            raise ValueError(
+                f"{self.frames} frames of {self.width} x {self.height}, but there must be at least 1, of even width "
+                "and height (video encoders halve the colour planes)"
+            )
+        if self.sprites < 0 or not 4 <= self.sprite_size[0] <= self.sprite_size[1] <= min(self.width, self.height) - 4:
+            raise ValueError(
+                f"{self.sprites} sprites of size {self.sprite_size}, but sizes must rise from at least 4 to at most "
+                f"{min(self.width, self.height) - 4}, the frame's shorter side less 4: a sprite must not meet itself"
+            )
+
+    @property
+    def cells(self) -> int:
+        return self.contexts * self.motions
+
+    def specs(self) -> list[Scene]:
+        """Every scene, train before test; scene i of a subset lies in cell i mod cells, contexts slowest."""
+        found = []
+        for subset, count in (("train", self.train), ("test", self.test)):
+            for index in range(count):
+                context, motion = divmod(index % self.cells, self.motions)
+                found.append(Scene(self, subset, index, list(CONTEXTS)[context], list(MOTIONS)[motion]))
+        return found
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene: what `render` draws. All that is random follows (seed, subset, index), not context or motion."""
+
+    scenes: Scenes
+    subset: str
+    index: int
+    context: str
+    motion: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.context}/{self.motion}"
+
+    @property
+    def path(self) -> str:
+        """Relative to the data set's folder; train and test share a folder a class, so the numbers continue."""
+        number = self.index + (self.scenes.train if self.subset == "test" else 0)
+        return f"videos/{self.context}-{self.motion}/scene_{number:05d}.mp4"
+
+    def rng(self, part: int) -> np.random.Generator:
+        """A generator of its own for each part of the scene, so that a setting of one part leaves the others alone."""
+        return np.random.default_rng([self.scenes.seed, SUBSETS.index(self.subset), self.index, part])
+
+
+def render(scene: Scene) -> Image:
+    """All frames of a scene, RGB: (T, H, W, 3)."""
+    scenes = scene.scenes
+    still = background(scene)  # (H, W, 3)
+    if scenes.camera_drift > 0:
+        frames = np.stack([_pixels(_slide(still, *shift)) for shift in _camera(scene)])
+    else:
+        frames = np.repeat(_pixels(still)[None], scenes.frames, axis=0)
+    path = track(scene)  # (T, N, 2)
+    for number, sprite in enumerate(sprites(scene)):
+        side = len(sprite)
+        corner = path[:, number] - (side - 1) / 2
+        whole = np.floor(corner).astype(np.int64)
+        part = (corner - whole).astype(np.float32)
+        for frame, (x, y), (across, down) in zip(frames, whole, part):
+            moved = sprite[:, 1:] + across * (sprite[:, :-1] - sprite[:, 1:])
+            moved = moved[1:] + down * (moved[:-1] - moved[1:])  # (side - 1, side - 1, 4), from pixel x + 1, y + 1 on
+            rows = (np.arange(y + 1, y + side) % scenes.height)[:, None]
+            columns = np.arange(x + 1, x + side) % scenes.width
+            frame[rows, columns] = _pixels(frame[rows, columns] * moved[..., 3:] + moved[..., :3])
+    return frames
+
+
+def track(scene: Scene) -> NDArray[np.float64]:
+    """Where the sprites' centres are, in pixels: (T, N, 2) as x, y; pixel (0, 0) has its centre at 0, 0.
+
+    Not wrapped: take it modulo (width, height) for places on the frame; differences along T are the true displacements,
+    of equal length all along.
+    """
+    scenes = scene.scenes
+    rng = scene.rng(0)
+    start = rng.random(2) * (scenes.width, scenes.height)
+    speed = rng.uniform(*scenes.speed)
+    radius = rng.uniform(*scenes.radius)
+    jitter = rng.uniform(-1, 1) * math.radians(scenes.heading_jitter)
+    anywhere = rng.uniform(0, 2 * math.pi)
+    spread = rng.uniform(-1, 1, (scenes.sprites, 2)) / (8 * max(scenes.sprites, 1))
+    heading, sense = MOTIONS[scene.motion]
+    first = anywhere if heading is None else math.radians(heading) + jitter
+    angle = first + sense * speed / radius * np.arange(scenes.frames - 1)  # (T - 1,)
+    steps = speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    shift = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)])  # (T, 2)
+    # Sprites stand apart by equal parts of both sides of the frame, less a little of their own: they hardly overlap.
+    apart = (np.arange(scenes.sprites)[:, None] / max(scenes.sprites, 1) + spread) * (scenes.width, scenes.height)
+    return start + apart + shift[:, None]
+
+
+def background(scene: Scene) -> Floats:
+    """The scene's background in colours 0-255 (values may lie beyond): (H, W, 3). It tiles the plane."""
+    scenes = scene.scenes
+    family = CONTEXTS[scene.context]
+    rng = scene.rng(1)
+    wavelength = family.wavelength * 2 ** (scenes.scale_jitter * rng.standard_normal())
+    gain = math.exp(scenes.brightness_jitter * rng.standard_normal())
+    contrast = math.exp(scenes.contrast_jitter * rng.standard_normal())
+    tint = scenes.tint_jitter * rng.standard_normal(3)
+    palette = np.array([family.dark, family.middle, family.light]) + scenes.palette_jitter * rng.standard_normal((3, 3))
+    noise = contrast * _noise(rng, scenes.height, scenes.width, wavelength)
+    # Colours between the three, by the noise's height: dark at -1.5 deviations, light at +1.5.
+    colours = np.stack(
+        [np.interp(noise, (-1.5, 0, 1.5), palette[:, channel] + tint[channel]) for channel in range(3)], -1
+    )
+    light = gain * (1 + scenes.lighting * _noise(rng, scenes.height, scenes.width, scenes.width))
+    return (colours * light[..., None]).astype(np.float32)
+
+
+def sprites(scene: Scene) -> list[Floats]:
+    """The scene's sprites: (S, S, 4), colour times coverage (0-255), then transparency (0-1); borders empty.
+
+    Two colours in a smooth texture within a wobbly round outline, soft over two pixels: nothing that tells context or
+    motion, and no edge straight enough to hide a shift along it.
+    """
+    scenes = scene.scenes
+    rng = scene.rng(2)
+    made = []
+    for _ in range(scenes.sprites):
+        size = rng.uniform(*scenes.sprite_size)
+        wavelength = rng.uniform(*scenes.sprite_wavelength)
+        wobble, turn = rng.uniform(0, 0.08, 2), rng.uniform(0, 2 * math.pi, 2)
+        hues = rng.random((2, 3)) * 2 - 1  # two colours around a dark and a light grey
+        side = math.ceil(size) + 4
+        x = np.arange(side) - (side - 1) / 2
+        distance, angle = np.hypot(x, x[:, None]), np.arctan2(x[:, None], x)
+        outline = 1 + wobble[0] * np.cos(3 * angle + turn[0]) + wobble[1] * np.cos(5 * angle + turn[1])
+        edge = size / 2 / (1 + wobble.sum()) * outline
+        cover = np.clip((edge - distance) / 2 + 0.5, 0, 1)[..., None]
+        ends = np.clip(np.array([[50.0], [205.0]]) + 100 * scenes.sprite_saturation * hues, 0, 255)
+        mix = 0.5 + 0.5 * np.tanh(2 * _noise(rng, side, side, wavelength))[..., None]
+        whole = np.concatenate([cover * (ends[0] + mix * (ends[1] - ends[0])), 1 - cover], axis=2)
+        made.append(whole.astype(np.float32))
+    return made
+
+
+def write(folder: str | os.PathLike[str], scenes: Scenes, workers: int = 1) -> Manifest:
+    """Render and encode every scene into FOLDER/videos/CONTEXT-MOTION/, then write FOLDER/manifest.csv and return it.
+
+    Videos appear under their final names only when complete, and those that exist are kept: the same call finishes what
+    an interrupted one began, and does nothing where all is there. ValueError where the folder holds scenes of other
+    settings (naming each difference) or videos of unknown origin; nothing is deleted.
+    """
+    root = Path(folder)
+    _claim(root, scenes)
+    specs = scenes.specs()
+    missing = [scene for scene in specs if not (root / scene.path).exists()]
+    for parent in sorted({(root / scene.path).parent for scene in missing}):
+        parent.mkdir(parents=True, exist_ok=True)
+    tasks = (joblib.delayed(_make)(scene, root / scene.path) for scene in missing)
+    done = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks)
+    for _ in tqdm(done, total=len(missing), desc="scenes", unit="scene", disable=not missing):
+        pass
+    manifest = Manifest(
+        paths=tuple(scene.path for scene in specs),
+        labels=tuple(scene.label for scene in specs),
+        subsets=tuple(scene.subset for scene in specs),
+    )
+    if missing or not (root / MANIFEST_NAME).exists():
+        manifest.write(root / MANIFEST_NAME)
+    return manifest
+
+
+def encode(path: str | os.PathLike[str], frames: Image, codec: str | None = None) -> None:
+    """Write frames, uint8 RGB (T, H, W, 3), as an mp4 at FRAME_RATE, nearly without loss. One thread: the same bytes.
+
+    codec: an FFmpeg encoder; None takes H.264 where this FFmpeg has it, else MPEG-4.
+    """
+    name = codec or _codec()
+    options = {"crf": "12", "preset": "veryfast"} if name == "libx264" else {"qmin": "2", "qmax": "2"}
+    with av.open(os.fspath(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(name, rate=FRAME_RATE, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, FRAME_RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _make(scene: Scene, path: Path) -> None:
+    """Render and encode one scene; what lies under the final name is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        encode(temporary, render(scene))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _claim(root: Path, scenes: Scenes) -> None:
+    """Leave the settings in the folder, or compare them with those that lie there."""
+    wanted = {"rendering": RENDERING, "codec": _codec(), **dataclasses.asdict(scenes)}
+    wanted = json.loads(json.dumps(wanted))
+    note = root / SETTINGS_NAME
+    if note.exists():
+        try:
+            found = json.loads(note.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{note} is not JSON ({error}): give another folder, or remove this one") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{note} holds no settings: give another folder, or remove this one")
+        nothing = "nothing"
+        differences = [
+            f"{key} is {found.get(key, nothing)} there, {wanted.get(key, nothing)} here"
+            for key in {**wanted, **found}
+            if found.get(key, nothing) != wanted.get(key, nothing)
+        ]
+        if differences:
+            raise ValueError(
+                f"{root} holds scenes of other settings: {'; '.join(differences)}. "
+                "Give another folder, or the same settings"
+            )
+        return
+    if (root / "videos").exists() or (root / MANIFEST_NAME).exists():
+        raise ValueError(f"{root} holds videos but no {SETTINGS_NAME} that says what they are: give another folder")
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_suffix(".part")
+    temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, note)
+
+
+def _codec() -> str:
+    return "libx264" if "libx264" in av.codec.codecs_available else "mpeg4"
+
+
+def _noise(rng: np.random.Generator, height: int, width: int, wavelength: float) -> NDArray[np.float64]:
+    """Noise of one octave around a wavelength in pixels, mean 0, deviation 1, that tiles the plane: (height, width)."""
+    spectrum = np.fft.rfft2(rng.standard_normal((height, width)))
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))  # cycles a pixel
+    frequency[0, 0] = np.inf  # the mean, which is left out
+    noise = np.fft.irfft2(spectrum * np.exp(-2 * np.log2(frequency * wavelength) ** 2), s=(height, width))
+    return noise / noise.std()
+
+
+def _camera(scene: Scene) -> NDArray[np.float64]:
+    """How far the background has slid, in pixels: (T, 2) as x, y."""
+    rng = scene.rng(3)
+    speed, towards = rng.uniform(0, scene.scenes.camera_drift), rng.uniform(0, 2 * math.pi)
+    return speed * np.arange(scene.scenes.frames)[:, None] * np.array([math.cos(towards), math.sin(towards)])
+
+
+def _slide(image: Floats, x: float, y: float) -> Floats:
+    """An image that tiles the plane, moved by parts of pixels (bilinear) and wrapped: (H, W, 3)."""
+    for axis, distance in ((1, x), (0, y)):
+        whole = math.floor(distance)
+        near, far = np.roll(image, whole, axis), np.roll(image, whole + 1, axis)
+        image = near + np.float32(distance - whole) * (far - near)
+    return image
+
+
+def _pixels(image: Floats) -> Image:
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)

@@ -1,0 +1,92 @@
+"""Fixtures that make real things: encoded videos, shards of them, and shards of the real clips where they are at hand."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from preprocess import pipeline
+from preprocess.manifest import Manifest
+from preprocess.shards import Settings, ShardSet
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+PAN = (3, -2)
+"""Displacement of the content of the panned video, pixels of the encoded frame, each frame."""
+
+
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    rate: int = 25,
+    pix_fmt: str = "yuv420p",
+) -> Path:
+    """Encode uint8 RGB frames (T, H, W, 3) with PyAV, nearly losslessly unless told otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {"crf": "8", "preset": "veryfast"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def smooth_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Band-limited noise, uint8 RGB (height, width, 3), periodic in both directions."""
+    y, x = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]
+    radius = np.hypot(y, x)
+    band = np.exp(-(((radius - 0.06) / 0.03) ** 2))
+    noise = np.fft.ifft2(np.fft.fft2(rng.standard_normal((3, height, width))) * band).real
+    noise = noise / noise.std(axis=(1, 2), keepdims=True) * 45 + 128
+    return noise.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def panned(frames: int, pan: tuple[int, int] = PAN, height: int = 256, width: int = 340, seed: int = 0) -> np.ndarray:
+    """A smooth texture whose content moves by `pan` (right, down) every frame; uint8 (frames, height, width, 3)."""
+    texture = smooth_texture(np.random.default_rng(seed), height, width)
+    return np.stack([np.roll(texture, (t * pan[1], t * pan[0]), axis=(0, 1)) for t in range(frames)])
+
+
+def make_shards(folder: Path, videos: Path, paths: list[str], labels: list[str] | None = None, **options) -> ShardSet:  # noqa: ANN003
+    """Run stage 1 on some videos; the shards lie in folder/shards."""
+    manifest = Manifest(tuple(paths), tuple(labels or [""] * len(paths)), ("",) * len(paths))
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.write(folder / "manifest.csv")
+    settings = options.pop("settings", Settings())
+    pipeline.run(folder / "manifest.csv", videos, folder / "shards", settings, **options)
+    return ShardSet(folder / "shards")
+
+
+@pytest.fixture(scope="session")
+def panned_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Three videos of 96, 30 and 20 frames, each panned by PAN pixels a frame, labelled a, b, a."""
+    folder = tmp_path_factory.mktemp("panned")
+    names = []
+    for seed, frames in enumerate((96, 30, 20)):
+        write_video(folder / "videos" / f"{seed}.mp4", panned(frames, seed=seed))
+        names.append(f"{seed}.mp4")
+    return make_shards(folder, folder / "videos", names, ["a", "b", "a"])
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> list[Path]:
+    """The real clips of several sources, as files."""
+    clips = sorted((DATA / "clips").glob("*")) if DATA.is_dir() else []
+    if not clips:
+        pytest.skip(f"no real clips in {DATA / 'clips'}")
+    return clips
+
+
+@pytest.fixture(scope="session")
+def real_shards(real_clips: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Every real clip through stage 1."""
+    return make_shards(tmp_path_factory.mktemp("real"), real_clips[0].parent, [c.name for c in real_clips])
