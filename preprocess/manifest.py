@@ -136,7 +136,7 @@ class KineticsScan(NamedTuple):
 
     manifest: Manifest
     missing: list[str]  # annotated, not on disk: LABEL/ID_START_END, in the order of the annotations
-    unlisted: list[str]  # on disk, left out: no annotation names it
+    unannotated: list[str]  # on disk, left out: no annotation names it
     copies: list[str]  # on disk, left out: another file of the same annotated clip was taken
 
 
@@ -184,7 +184,7 @@ def scan_kinetics(folder: StrPath, *annotations: StrPath) -> KineticsScan:
     for clip in clips:
         by_id.setdefault(clip.youtube_id, []).append(clip)
 
-    unlisted: list[str] = []
+    unannotated: list[str] = []
     candidates: dict[_Clip, list[tuple[bool, str]]] = {}
     for path in _videos(folder):
         name = _KINETICS_NAME.fullmatch(PurePosixPath(path).stem)
@@ -197,17 +197,17 @@ def scan_kinetics(folder: StrPath, *annotations: StrPath) -> KineticsScan:
         if name and len(matches) == 1:
             candidates.setdefault(matches[0], []).append((not name[2], path))
         else:
-            unlisted.append(path)
+            unannotated.append(path)
     if not candidates:
         raise ValueError(
-            f"{folder}: none of its {len(unlisted)} videos is among the {len(clips)} annotated ones; names must be "
+            f"{folder}: none of its {len(unannotated)} videos is among the {len(clips)} annotated ones; names must be "
             f"like {clips[0].youtube_id}.mp4 or {clips[0].file_name}.mp4: check the folder and the list"
         )
     rows = sorted((min(files)[1], clip.label, clip.subset) for clip, files in candidates.items())
     return KineticsScan(
         _manifest(rows, str(folder), lambda row: f"{folder}: video {rows[row][0]!r}"),
         [clip.name for clip in clips if clip not in candidates],
-        unlisted,
+        unannotated,
         sorted(path for files in candidates.values() for _, path in sorted(files)[1:]),
     )
 

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 TIMES = 4  # pictures of moving frames a video, besides the first I-frame
 MOST_VIDEOS = 24  # each takes about a thousand lines of the page
 PICTURE_WIDTH = 456  # frames are enlarged by a whole factor to about this before arrows are drawn on them
+MOST_INTRA = 0.25  # beyond this share of blocks without a vector a frame is a cut, and its vectors are arbitrary
 DPI = 100
 INK, PALE, I_FRAME, SHOWN = "#222222", "#666666", "#c2410c", "#0369a1"
+SEPARATOR = "  ·  "
 TEXT: dict[str, Any] = {"color": INK, "va": "center", "parse_math": False}  # names may hold $, which starts no formula
 
 Pixels = npt.NDArray[np.floating]
@@ -55,8 +57,7 @@ def inspect(shards_folder: str | Path, video: str | None, sample: int, seed: int
     elif sample < 1:
         raise ValueError(f"nothing to draw: name a video, or ask for a sample of at least 1 (it is {sample})")
     else:
-        draw = np.random.default_rng(seed).permutation(len(shard_set))[:sample]
-        chosen = sorted(int(v) for v in draw)
+        chosen = sorted(np.random.default_rng(seed).permutation(len(shard_set))[:sample].tolist())
     if kind == ".png":
         return contact_sheet(shard_set, chosen, out)
     if len(chosen) != 1:
@@ -92,9 +93,9 @@ def animation(shard_set: ShardSet, video: int, out_mp4: Path) -> Path:
     except ImportError as error:
         raise ValueError("a clip needs PyAV: pip install av, or ask for a .png") from error
     view = _View.of(shard_set, video)
-    name, options = ("libx264", {"crf": "18", "preset": "veryfast"})
+    name, options = "libx264", {"crf": "18", "preset": "veryfast"}
     if name not in av.codecs_available:
-        name, options = ("mpeg4", {"qmin": "2", "qmax": "4"})
+        name, options = "mpeg4", {"qmin": "2", "qmax": "4"}
     rate = frame_rate(view.fps)
     out_mp4 = Path(out_mp4)
     partial = _partial(out_mp4)
@@ -143,10 +144,11 @@ class _View:
         shard, index = shard_set.locate(number)
         start, stop = (int(f) for f in shard.frame_offset[index : index + 2])
         label = int(shard.label[index])
-        numbers = np.asarray(shard.iframe_frame)
-        i_frames = (numbers[(numbers >= start) & (numbers < stop)] - start).astype(np.int64)
+        numbers = shard.iframe_frame
+        i_frames = numbers[(numbers >= start) & (numbers < stop)] - start
         mean = np.array([_magnitude(shard.motion[f]).mean() for f in range(start, stop)])
-        moments = _moments(mean, i_frames)
+        cut = np.array([(shard.motion[f, ..., 0] == INTRA).mean() > MOST_INTRA for f in range(start, stop)])
+        moments = _moments(np.where(cut, -1.0, mean), i_frames)
         shown = np.concatenate([np.ravel(_magnitude(shard.motion[start + t])) for t in moments] or [np.zeros(1)])
         moving = shown[shown >= 0.5]
         largest = float(np.percentile(moving, 90)) if len(moving) else 0.0  # a few wild vectors must not pale the rest
@@ -160,10 +162,6 @@ class _View:
             moments=moments,
             limit=next((n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if n >= largest), 64),
         )
-
-    @property
-    def frames(self) -> int:
-        return len(self.mean)
 
     @property
     def fps(self) -> float:
@@ -182,30 +180,31 @@ class _View:
     def facts(self) -> str:
         height, width = (int(n) for n in self.shard.source_size[self.index])
         errors = int(self.shard.decode_errors[self.index])
-        rate = f"{self.fps:.4g} fps" if self.fps > 0 else "frame rate unknown"
-        damaged = f"  ·  {errors} packets did not decode" if errors else ""
-        return (
-            f"{self.label}  ·  {self.frames} frames, {len(self.i_frames)} of them I-frames  ·  {rate}  ·  "
-            f"source {width}×{height}, encoded {self.encoded[0]}×{self.encoded[1]}{damaged}"
-        )
+        parts = [
+            self.label,
+            f"{_count(len(self.mean), 'frame')} ({_count(len(self.i_frames), 'I-frame')})",
+            f"{self.fps:.4g} fps" if self.fps > 0 else "frame rate unknown",
+            f"source {width}×{height}, encoded {self.encoded[0]}×{self.encoded[1]}",
+        ]
+        return SEPARATOR.join([*parts, f"{_count(errors, 'packet')} did not decode"] if errors else parts)
 
     def caption(self, t: int) -> str:
-        return (
-            f"frame {t}  ·  I-frame, no vectors" if t in self.i_frames else f"frame {t}  ·  mean {self.mean[t]:.1f} px"
-        )
+        kind = "I-frame, no vectors" if t in self.i_frames else f"mean motion {self.mean[t]:.1f} px"
+        return f"frame {t}{SEPARATOR}{kind}"
 
     def pictures(self, t: int) -> tuple[Image, Image, Image]:
-        """Frame t, the same with arrows, and its motion in colours: three uint8 images (H, W, 3) of one size."""
+        """Frame t as stored (an I-frame at its full size), with arrows, and its motion in colours: uint8 (H, W, 3)."""
         f = int(self.shard.frame_offset[self.index]) + t
         small = simplejpeg.decode_jpeg(self.shard.frame_jpeg(f), colorspace="RGB")
+        stored = small
+        if t in self.i_frames:
+            number = int(np.searchsorted(self.shard.iframe_frame, f))
+            stored = simplejpeg.decode_jpeg(self.shard.iframe_jpeg(number), colorspace="RGB")
         frame = enlarge(small, max(1, round(PICTURE_WIDTH / small.shape[1])))
         motion, intra = _pixels(self.shard.motion[f])
         size = (frame.shape[1], frame.shape[0])
-        return (
-            frame,
-            arrows(frame, motion, self.encoded, self.gain),
-            colour_view(motion, self.limit, self.encoded, size, intra),
-        )
+        colours = colour_view(motion, self.limit, self.encoded, size, intra)
+        return stored, arrows(frame, motion, self.encoded, self.gain), colours
 
 
 class _Sheet:
@@ -228,8 +227,7 @@ class _Sheet:
         self._text(self.MARGIN, top + 12, _shorten(view.path, 150), size=15, weight="bold")
         self._text(self.MARGIN, top + 38, view.facts, size=12, color=PALE)
         rows = top + self.TITLE + self.CAPTION
-        columns = [0, *view.moments]
-        for column, t in enumerate(columns):
+        for column, t in enumerate([0, *view.moments]):
             left = self.MARGIN + self.LEFT + column * (self.wide + self.GAP)
             colour = I_FRAME if t in view.i_frames else INK
             self._text(left, rows - 13, view.caption(t), size=12, color=colour)
@@ -252,7 +250,8 @@ class _Sheet:
         self._text(self.MARGIN, rows + 14, "Frame", size=13, weight="bold")
         self._text(self.MARGIN, rows + 36, "as stored in the shard", size=11, color=PALE)
         self._text(self.MARGIN, rows + step + 14, "Motion as arrows", size=13, weight="bold")
-        lines = ["how each 16×16 block moved", "since the previous frame,", f"drawn {view.gain:g} times as long"]
+        length = "drawn at true length" if view.gain == 1 else f"drawn {view.gain:g} times as long"
+        lines = ["how each 16×16 block moved", "since the previous frame,", length]
         for n, line in enumerate(lines):
             self._text(self.MARGIN, rows + step + 36 + 18 * n, line, size=11, color=PALE)
         self._text(self.MARGIN, rows + 2 * step + 14, "Motion as colour", size=13, weight="bold")
@@ -267,30 +266,27 @@ class _Sheet:
     def _curve(self, view: _View, top: int) -> None:
         left, wide = self.MARGIN + self.LEFT, (TIMES + 1) * (self.wide + self.GAP) - self.GAP
         axes = self.figure.add_axes(self._box(left, top, wide, self.PLOT))
-        for n, t in enumerate(view.i_frames):
-            axes.axvline(t, color=I_FRAME, linewidth=0.8, alpha=0.6, label="I-frame" if n == 0 else None)
+        axes.vlines(view.i_frames, 0, 1, color=I_FRAME, linewidth=0.8, alpha=0.6, transform=axes.get_xaxis_transform())
         # I-frames carry no vectors: the curve has gaps there rather than drops to zero that nothing in the scene made.
         mean = view.mean.copy()
         mean[view.i_frames] = np.nan
-        axes.plot(mean, color=INK, linewidth=1.2, marker=".", markersize=3, label="mean motion of a frame")
+        axes.plot(mean, color=INK, linewidth=1.2, marker=".", markersize=3)
         if view.moments:
-            axes.plot(view.moments, mean[view.moments], "v", color=SHOWN, markersize=9, label="shown above")
-        axes.set_xlim(-0.5, view.frames - 0.5)
+            axes.plot(view.moments, mean[view.moments], "v", color=SHOWN, markersize=9)
+        axes.set_xlim(-0.5, len(view.mean) - 0.5)
         axes.set_ylim(0, 1.25 * max(1.0, float(view.mean.max())))
         axes.set_xlabel("frame", fontsize=11, color=PALE, labelpad=1)
         axes.tick_params(labelsize=10, colors=PALE)
         axes.locator_params(axis="x", integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         self._text(self.MARGIN, top + 14, "Motion over time", size=13, weight="bold")
-        for n, (line, colour) in enumerate(
-            [("mean over all blocks, px", PALE), ("▼ shown above", SHOWN), ("│ I-frames", I_FRAME)]
-        ):
+        lines = [("mean over all blocks, px", PALE), ("▼ shown above", SHOWN), ("│ I-frames", I_FRAME)]
+        for n, (line, colour) in enumerate(lines):
             self._text(self.MARGIN, top + 36 + 18 * n, line, size=11, color=colour)
 
     def _text(self, x: float, y: float, text: str, size: int, **style: Any) -> None:
         """A line of text that begins at x and is centred on y, in pixels from the top left."""
-        style = TEXT | style
-        self.figure.text(x / self.width, 1 - y / self.height, text, fontsize=size * 72 / DPI * 1.1, **style)
+        self.figure.text(x / self.width, 1 - y / self.height, text, fontsize=0.8 * size, **(TEXT | style))
 
     def _image(self, left: float, top: float, wide: float, high: float, image: Image, border: str | None) -> None:
         axes = self.figure.add_axes(self._box(left, top, wide, high))
@@ -307,7 +303,7 @@ def _clip_pictures(view: _View) -> Iterator[Image]:
     """Each frame of a clip: a header line above the arrows and the colours side by side; even sizes."""
     gap, head = 8, 76
     header: _Header | None = None
-    for t in range(view.frames):
+    for t in range(len(view.mean)):
         _, drawn, colours = view.pictures(t)
         high, wide = drawn.shape[:2]
         page = np.full((head + high + high % 2, 2 * wide + gap, 3), 255, np.uint8)
@@ -324,7 +320,7 @@ class _Header:
     def __init__(self, view: _View, width: int, height: int) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        self.view, self.height, self.width = view, height, width
+        self.view, self.width = view, width
         self.figure = _figure(width, height)
         self.canvas = FigureCanvasAgg(self.figure)
         wheel = height - 12
@@ -333,22 +329,21 @@ class _Header:
         axes.axis("off")
         letters = int(width / 8.5) - 22
         self._line(0.20, _shorten(view.path, letters), weight="bold")
-        self._line(0.50, f"{view.label}  ·  arrows: motion since the previous frame, ×{view.gain:g}", color=PALE)
+        self._line(0.50, f"{view.label}{SEPARATOR}arrows: motion since the previous frame, ×{view.gain:g}", color=PALE)
         self.now = self._line(0.80, "")
         beside = 1 - (wheel + 14) / width
-        for y, text in ((0.32, f"rim: {view.limit} px"), (0.68, "hatched: no vector")):
+        for y, text in ((0.32, f"rim: {view.limit} px a frame"), (0.68, "hatched: no vector")):
             self._line(y, text, x=beside, ha="right", color=PALE)
 
     def draw(self, t: int) -> Image:
         """The band for frame t, uint8 (height, width, 3)."""
-        self.now.set_text(f"{self.view.caption(t)}  ·  {t / float(frame_rate(self.view.fps)):.2f} s")
+        self.now.set_text(f"{self.view.caption(t)}{SEPARATOR}{t / float(frame_rate(self.view.fps)):.2f} s")
         self.now.set_color(I_FRAME if t in self.view.i_frames else INK)
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3]
 
     def _line(self, y: float, text: str, x: float | None = None, **style: Any) -> Any:
-        style = TEXT | style
-        return self.figure.text(8 / self.width if x is None else x, 1 - y, text, fontsize=9.5, **style)
+        return self.figure.text(8 / self.width if x is None else x, 1 - y, text, fontsize=9.5, **(TEXT | style))
 
 
 def _figure(width: int, height: int) -> Figure:
@@ -371,11 +366,11 @@ def _magnitude(stored: npt.NDArray[np.int16]) -> Pixels:
     return np.hypot(motion[..., 0], motion[..., 1])
 
 
-def _moments(mean: Pixels, i_frames: npt.NDArray[np.int64]) -> list[int]:
-    """The frame of largest motion in each of up to TIMES equal parts of a video, I-frames left out."""
-    candidates = np.setdiff1d(np.arange(len(mean)), i_frames)
-    parts = np.array_split(candidates, min(TIMES, max(1, len(candidates))))
-    return [int(part[np.argmax(mean[part])]) for part in parts if len(part)]
+def _moments(score: Pixels, i_frames: npt.NDArray[np.int64]) -> list[int]:
+    """The frame of highest score in each of up to TIMES equal parts of a video, I-frames left out."""
+    candidates = np.setdiff1d(np.arange(len(score)), i_frames)
+    parts = np.array_split(candidates, TIMES)
+    return [int(part[np.argmax(score[part])]) for part in parts if len(part)]
 
 
 def _find(shard_set: ShardSet, path: str) -> int:
@@ -390,6 +385,10 @@ def _find(shard_set: ShardSet, path: str) -> int:
         raise ValueError(f"{path} could not be stored, so there is nothing to draw: {failures[0]}")
     hint = f"; similar: {', '.join(close)}" if close else f"; the first of {len(paths)} is {paths[0] if paths else '-'}"
     raise ValueError(f"no video {path!r} in these shards (paths are those of the manifest){hint}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _printable(text: str) -> str:

@@ -114,9 +114,10 @@ class Scenes:
                 raise ValueError(f"{name} is {value}, but must be 1 to {len(most)}: {', '.join(most)}")
         for name, value in (("train", self.train), ("test", self.test)):
             if value < 0 or value % self.cells:
+                enough = math.ceil(value / self.cells) * self.cells
                 raise ValueError(
                     f"{name} is {value}, but must be a multiple of {self.cells} ({self.contexts} contexts x "
-                    f"{self.motions} motions), so that neither tells the other: {math.ceil(value / self.cells) * self.cells} would do"
+                    f"{self.motions} motions), so that neither tells the other: {enough} would do"
                 )
         if self.frames < 1 or self.width < 2 or self.height < 2 or self.width % 2 or self.height % 2:
             raise ValueError(
@@ -297,6 +298,7 @@ def encode(path: str | os.PathLike[str], frames: Image, codec: str | None = None
     options = {"crf": "12", "preset": "veryfast"} if name == "libx264" else {"qmin": "2", "qmax": "2"}
     with av.open(os.fspath(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(name, rate=FRAME_RATE, options=options)
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1

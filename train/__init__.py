@@ -1,0 +1,1 @@
+"""Stage 2: shards -> weights (GPU or CPU; no video library)."""

@@ -88,22 +88,22 @@ class _TiledMatching(torch.autograd.Function):
         grad_keys = torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
         for start in range(0, rows, height):
             stop = min(start + height, rows)
-            own = slice(first + start, first + stop)
+            own = first + start  # column of the first row's key, so that the diagonal from there is the positives
             scaled = queries[start:stop] / temperature  # (r, C)
             logits = torch.mm(scaled, keys.T, out=tile[: stop - start])  # (r, K)
-            positive = logits.diagonal(own.start).clone()  # (r)
+            positive = logits.diagonal(own).clone()  # (r)
             highest, best[start:stop] = logits.max(1)
-            # The buffer turns into softmax numerators; their sums are divided out of the smaller operands instead.
-            numerators = logits.sub_(highest[:, None]).exp_()
+            numerators = logits.sub_(highest[:, None]).exp_()  # of the softmax, in the same memory
             total = numerators.sum(1)
             losses[start:stop] = highest + total.log() - positive
+            # Softmax minus one at the positive, times the sum, which is divided out of the smaller operand instead.
+            # Subtracting the positives' embeddings after the products would lose digits once the positives dominate.
+            numerators.diagonal(own).sub_(total)
             if grad_queries is not None:
                 gradient = torch.mm(numerators, keys, out=grad_queries[start:stop])
-                gradient.div_(total[:, None]).sub_(keys[own]).div_(temperature * rows)
+                gradient.div_(total[:, None] * (temperature * rows))
             if grad_keys is not None:
-                scaled /= rows
-                grad_keys[own] -= scaled
-                grad_keys.addmm_(numerators.T, scaled.div_(total[:, None]))
+                grad_keys.addmm_(numerators.T, scaled.div_(total[:, None] * rows))
         ctx.save_for_backward(grad_queries, grad_keys)
         accuracy = _accuracy(best, torch.arange(first, first + rows, device=best.device), losses.dtype)
         ctx.mark_non_differentiable(accuracy)

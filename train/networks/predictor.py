@@ -180,7 +180,7 @@ class ConvGRUPredictor(nn.Module):
 
 
 class ConvGRUCell(nn.Module):
-    """One step of a GRU whose products are convolutions (Ballas et al. 2016, equations 5 to 8); padding keeps sizes."""
+    """One step of a GRU whose products are convolutions (Ballas et al. 2016, section 3.1); padding keeps sizes."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()

@@ -1,0 +1,387 @@
+"""Motion as colours and arrows (preprocess/draw.py), and the pictures of what a shard holds (preprocess/preview.py)."""
+
+from __future__ import annotations
+
+import colorsys
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from conftest import make_shards, panned, write_video
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from preprocess import draw, preview
+from preprocess.shards import ShardSet
+
+ENCODED = (340, 256)
+GRID = (16, 22)
+angles = st.floats(0, 2 * np.pi, exclude_max=True)
+
+
+def hue(colour: np.ndarray) -> float:
+    return 360 * colorsys.rgb_to_hsv(*(float(c) / 255 for c in colour))[0]
+
+
+def middlebury() -> np.ndarray:
+    """The 55 colours of the Middlebury wheel, listed arc by arc as its authors describe it; float (55, 3)."""
+    colours = []
+    corners = [(255, 0, 0), (255, 255, 0), (0, 255, 0), (0, 255, 255), (0, 0, 255), (255, 0, 255), (255, 0, 0)]
+    for length, start, end in zip((15, 6, 4, 11, 13, 6), corners, corners[1:]):
+        for k in range(length):
+            colours.append([a + (b - a) * k / length for a, b in zip(start, end)])
+    return np.array(colours)
+
+
+def test_wheel_has_the_middlebury_colours() -> None:
+    expected = middlebury()
+    turn = np.arange(55) / 55 * 2 * np.pi
+    colours = draw.colour_wheel(np.stack([np.cos(turn), np.sin(turn)], axis=-1), 1.0)
+    np.testing.assert_allclose(colours, expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("vector", "expected"),
+    [((5, 0), 0), ((0, 5), 55), ((-5, 0), 194), ((0, -5), 264)],
+    ids=["right", "down", "left", "up"],
+)
+def test_wheel_directions(vector: tuple[float, float], expected: float) -> None:
+    assert hue(draw.colour_wheel(vector, 5)) == pytest.approx(expected, abs=2)
+
+
+@given(angles, st.floats(2, 50))
+def test_opposite_directions_have_opposite_hues(angle: float, limit: float) -> None:
+    vector = limit * np.array([np.cos(angle), np.sin(angle)])
+    there, back = draw.colour_wheel(np.stack([vector, -vector]), limit)
+    assert 145 <= (hue(there) - hue(back)) % 360 <= 215
+
+
+@given(angles, st.floats(0, 3), st.floats(0.5, 50))
+def test_saturation_is_the_magnitude_in_any_direction(angle: float, share: float, limit: float) -> None:
+    vector = share * limit * np.array([np.cos(angle), np.sin(angle)])
+    colour = draw.colour_wheel(vector, limit)
+    assert colour.max() == 255
+    assert colour.min() == pytest.approx(255 * (1 - min(share, 1)), abs=1)
+
+
+def test_no_motion_is_white_and_intra_is_grey() -> None:
+    colours = draw.colour_wheel(np.zeros((2, 3, 2)), 4.0, np.array([[False] * 3, [False, True, False]]))
+    assert colours.dtype == np.uint8
+    assert (np.delete(colours.reshape(6, 3), 4, axis=0) == 255).all()
+    assert tuple(colours[1, 1]) == draw.INTRA_GREY
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: draw.colour_wheel(np.zeros((2, 2)), 0.0), "limit is 0.0"),
+        (lambda: draw.colour_wheel(np.zeros((2, 3)), 1.0), r"shape \(2, 3\)"),
+        (lambda: draw.colour_wheel(np.zeros((4, 2)), 1.0, np.zeros(3, bool)), "4"),
+        (lambda: draw.wheel_legend(2), "size is 2"),
+        (lambda: draw.enlarge(np.zeros((2, 2), np.uint8), 0), "factor is 0"),
+        (lambda: draw.arrows(np.zeros((8, 8, 3), np.uint8), np.zeros((*GRID, 2)), ENCODED, gain=0), "gain is 0"),
+        (lambda: draw.arrows(np.zeros((8, 8), np.uint8), np.zeros((*GRID, 2)), ENCODED), r"\(8, 8\)"),
+        (lambda: draw.arrows(np.zeros((8, 8, 3), np.uint8), np.zeros((16, 21, 2)), ENCODED), "16, 22"),
+    ],
+)
+def test_nonsense_is_refused(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_legend_shows_each_direction_on_its_side() -> None:
+    size = 101
+    legend = draw.wheel_legend(size)
+    assert legend.shape == (size, size, 3)
+    assert (legend[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()  # corners lie outside the disc
+    assert legend[50, 50].min() >= 250
+    for (x, y), vector in {(97, 50): (1, 0), (50, 97): (0, 1), (3, 50): (-1, 0), (50, 3): (0, -1)}.items():
+        assert hue(legend[y, x]) == pytest.approx(hue(draw.colour_wheel(vector, 1)), abs=4)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 120), st.integers(1, 120), st.integers(1, 100), st.integers(1, 100), st.integers(0, 2**16))
+def test_colour_view_covers_the_frame_and_not_the_overhang(
+    width: int, height: int, encoded_width: int, encoded_height: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    rows, cols = -(-encoded_height // 16), -(-encoded_width // 16)
+    motion = rng.uniform(-8, 8, (rows, cols, 2))
+    view = draw.colour_view(motion, 8.0, (encoded_width, encoded_height), (width, height))
+    assert view.shape == (height, width, 3)
+    for x, y in zip(rng.integers(0, width, 10).tolist(), rng.integers(0, height, 10).tolist()):
+        # The middle of pixel x is at (2x + 1) / (2 width) of the frame: in exact arithmetic, which block is that?
+        c = Fraction(2 * x + 1, 2 * width) * encoded_width // 16
+        r = Fraction(2 * y + 1, 2 * height) * encoded_height // 16
+        assert (view[y, x] == draw.colour_wheel(motion[r, c], 8.0)).all()
+
+
+def test_intra_blocks_are_hatched() -> None:
+    intra = np.zeros(GRID, bool)
+    intra[2, 5] = True
+    view = draw.colour_view(np.zeros((*GRID, 2)), 1.0, ENCODED, ENCODED, intra)
+    block = view[32:48, 80:96].reshape(-1, 3)
+    assert {tuple(c) for c in block.tolist()} == {draw.INTRA_GREY, draw.HATCH_GREY}
+    assert (view == 255).all(axis=-1).sum() == 340 * 256 - 256
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    row=st.integers(0, GRID[0] - 1),
+    col=st.integers(0, GRID[1] - 2),
+    angle=angles,
+    magnitude=st.floats(0.6, 40),
+    gain=st.floats(0.5, 4),
+    size=st.sampled_from([(340, 256), (228, 172), (456, 344), (200, 300)]),
+    background=st.sampled_from([0, 90, 128, 255]),
+)
+def test_an_arrow_lies_along_its_vector(
+    row: int, col: int, angle: float, magnitude: float, gain: float, size: tuple[int, int], background: int
+) -> None:
+    motion = np.zeros((*GRID, 2))
+    motion[row, col] = magnitude * np.cos(angle), magnitude * np.sin(angle)
+    frame = np.full((size[1], size[0], 3), background, np.uint8)
+    before = frame.copy()
+    picture = draw.arrows(frame, motion, ENCODED, gain)
+    assert (frame == before).all()  # the caller's frame is left alone
+    assert picture.dtype == np.uint8 and picture.shape == frame.shape
+
+    scale_x, scale_y = size[0] / 340, size[1] / 256
+    tail = np.array([(16 * col + 8) * scale_x, (16 * row + 8) * scale_y])
+    tip = tail + gain * motion[row, col] * [scale_x, scale_y]
+    line = tail + np.linspace(0, 1, 400)[:, None] * (tip - tail)  # (400, 2)
+    y, x = np.nonzero((picture != frame).any(axis=-1))
+    assert len(x)
+    away = np.hypot(x[:, None] + 0.5 - line[:, 0], y[:, None] + 0.5 - line[:, 1])  # (pixels, 400)
+    assert away.min(axis=1).max() <= 0.25 * 16 * min(scale_x, scale_y) + 4  # the head's half width, and the rim
+    # Wide only near the tip: the far half of the tail's side holds nothing but the shaft.
+    nearest = away.argmin(axis=1) / 399
+    head = 0.3 * 16 * min(scale_x, scale_y) + 4
+    from_tip = np.hypot(*(tip - tail)) * (1 - nearest)
+    assert away.min(axis=1)[from_tip > head].max(initial=0) <= 4
+    # Every point of the line inside the frame is drawn, and stands out from any background.
+    inside = line[((line >= 0) & (line < size)).all(axis=1)].astype(int)
+    assert (picture[inside[:, 1], inside[:, 0]] != background).any(axis=-1).all()
+    assert np.abs(picture.astype(int) - background).max() >= 60
+
+
+def test_still_blocks_and_the_overhang_get_no_arrow() -> None:
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 256, (172, 228, 3), dtype=np.uint8)
+    motion = rng.uniform(-0.35, 0.35, (*GRID, 2))
+    motion[:, 21] = (2, 0)  # these blocks are centred at 344, beyond the 340 pixels of the frame
+    assert (draw.arrows(frame, motion, ENCODED) == frame).all()
+    motion[3, 4] = (0.6, 0)
+    assert (draw.arrows(frame, motion, ENCODED) != frame).any()
+
+
+def test_enlarge_repeats_pixels() -> None:
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    large = draw.enlarge(image, 3)
+    assert large.shape == (6, 6, 3)
+    assert all((large[y, x] == image[y // 3, x // 3]).all() for y in range(6) for x in range(6))
+
+
+@pytest.fixture(scope="module")
+def sideways(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """A grey texture panned right, the same panned left, and a single frame with an awkward name; by path: l, r, s."""
+    folder = tmp_path_factory.mktemp("sideways")
+    for name, pan in (("left/a.mp4", (-4, 0)), ("right/a.mp4", (4, 0))):
+        grey = panned(16, pan).mean(axis=-1, keepdims=True).astype(np.uint8).repeat(3, axis=-1)
+        write_video(folder / "videos" / name, grey)
+    single = "still/" + "$x_" * 60 + "$.mp4"
+    write_video(folder / "videos" / single, panned(1))
+    return make_shards(folder, folder / "videos", ["left/a.mp4", "right/a.mp4", single], ["left", "right", ""])
+
+
+def red_and_azure(page: np.ndarray) -> tuple[int, int]:
+    """Pixels of the clear hues of right and left."""
+    r, g, b = (page[..., c].astype(int) for c in range(3))
+    return int(((r > 240) & (g < 120) & (b < 120)).sum()), int(((r < 120) & (g > 160) & (b > 240)).sum())
+
+
+def test_sheet_shows_a_pan_in_the_hue_of_its_direction(sideways: ShardSet, tmp_path: Path) -> None:
+    counts = []
+    for number in range(2):
+        out = preview.contact_sheet(sideways, [number], tmp_path / "deep" / f"{number}.png")
+        page = np.rint(imread(out)[..., :3] * 255)
+        assert (page[0] == 255).all() and (page[:, 0] == 255).all()
+        counts.append(red_and_azure(page))
+    (left_red, left_azure), (right_red, right_azure) = counts
+    assert right_red > 100_000 > 10 * right_azure  # four panels of 340 x 256, but for noise and the legend
+    assert left_azure > 100_000 > 10 * left_red
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["0.png", "1.png"]
+
+
+def test_sheet_texts_never_touch(sideways: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[Figure] = []
+    save = Figure.savefig
+
+    def remember(page: Figure, *args: Any, **options: Any) -> None:
+        pages.append(page)
+        save(page, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    preview.contact_sheet(sideways, [0, 2, 1], tmp_path / "sheet.png")
+    texts = [(t.get_text(), t.get_window_extent()) for t in pages[0].texts]
+    axes = [a.get_window_extent() for a in pages[0].axes]
+    for (one, a), (other, b) in combinations(texts, 2):
+        assert not a.overlaps(b), f"{one!r} lies on {other!r}"
+    for text, box in texts:
+        assert pages[0].bbox.x0 <= box.x0 and box.x1 <= pages[0].bbox.x1, f"{text!r} leaves the page"
+        assert not any(box.overlaps(a) for a in axes), f"{text!r} lies on a picture"
+    words = [t for t, _ in texts]
+    assert "left/a.mp4" in words and any(
+        w.startswith("left  ·  16 frames (2 I-frames)  ·  25 fps  ·  source 340×256") for w in words
+    )
+    assert any(w.startswith("unlabelled  ·  1 frame (1 I-frame)") for w in words)
+    assert sum("I-frame, no vectors" in w for w in words) == 3
+    assert sum("mean motion" in w for w in words) == 2 * preview.TIMES
+
+
+@given(st.integers(1, 80), st.integers(1, 20), st.integers(0, 2**16))
+def test_moments_are_the_busiest_of_their_part(frames: int, gop: int, seed: int) -> None:
+    score = np.random.default_rng(seed).permutation(frames).astype(float)
+    i_frames = np.arange(0, frames, gop)
+    moments = preview._moments(score, i_frames)
+    moving = [t for t in range(frames) if t % gop]
+    assert len(moments) == min(preview.TIMES, len(moving))
+    assert moments == sorted(set(moments)) and set(moments) <= set(moving)
+    if moving:
+        assert max(moving, key=lambda t: score[t]) in moments
+    for a, b in pairwise(moments):  # each is the best of its own side of some boundary
+        between = [t for t in moving if a <= t <= b]
+        assert max(between, key=lambda t: score[t]) in (a, b)
+
+
+@pytest.mark.parametrize("encoder", ["h264", "mpeg4"])
+def test_clip_has_every_frame(
+    sideways: ShardSet, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if encoder == "mpeg4":
+        monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
+    elif "libx264" not in av.codecs_available:
+        pytest.skip("this PyAV has no libx264")
+    out = preview.animation(sideways, 1, tmp_path / "right.mp4")
+    with av.open(str(out)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == (encoder, "yuv420p")
+        assert stream.average_rate == 25
+        assert stream.width % 2 == 0 and stream.height % 2 == 0
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+    assert len(frames) == 16
+    for t, frame in enumerate(frames):
+        red, azure = red_and_azure(frame[80:, frame.shape[1] // 2 + 8 :])  # the colours, without the header
+        assert azure < 5000
+        assert (red > 80_000) if t % 12 else (red < 1000)  # I-frames carry no vectors
+    assert [p.name for p in tmp_path.iterdir()] == ["right.mp4"]
+
+
+def test_clip_of_one_frame(sideways: ShardSet, tmp_path: Path) -> None:
+    with av.open(str(preview.animation(sideways, 2, tmp_path / "one.mp4"))) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 1
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_frame_rate_is_one_that_encoders_take(fps: float) -> None:
+    rate = preview.frame_rate(fps)
+    assert 0 < rate.numerator <= 65535 and 0 < rate.denominator <= 65535
+    if 1 <= fps <= 240:
+        assert float(rate) == pytest.approx(fps, rel=2e-2)
+    else:
+        assert 0.009 <= rate <= 1000
+
+
+def test_frame_rate_keeps_broadcast_rates() -> None:
+    assert preview.frame_rate(30000 / 1001) == Fraction(30000, 1001)
+    assert preview.frame_rate(24000 / 1001) == Fraction(24000, 1001)
+    assert preview.frame_rate(0.0) == 25  # unknown
+
+
+def test_inspect_draws_what_is_named_or_a_seeded_sample(
+    sideways: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[int]] = []
+
+    def remember(_: ShardSet, videos: list[int], out: Path) -> Path:
+        drawn.append(videos)
+        return out
+
+    monkeypatch.setattr(preview, "contact_sheet", remember)
+    out = tmp_path / "p.PNG"
+    assert preview.inspect(sideways.folder, "right/a.mp4", 3, 0, out) == out
+    for seed in (*range(8), 0):
+        preview.inspect(sideways.folder, None, 2, seed, out)
+    preview.inspect(sideways.folder, None, 99, 0, out)
+    assert drawn[0] == [1] and drawn[-1] == [0, 1, 2]
+    samples = drawn[1:-1]
+    assert all(len(set(s)) == 2 and s == sorted(s) for s in samples)
+    assert samples[0] == samples[-1] and len({tuple(s) for s in samples}) > 1
+
+
+@pytest.mark.parametrize(
+    ("video", "sample", "out", "words"),
+    [
+        ("rihgt/a.mp4", 0, "p.png", "similar: .*right/a.mp4"),
+        ("/home/me/videos/left/a.mp4", 0, "p.png", "similar: left/a.mp4"),
+        ("0123456789", 0, "p.png", "the first of 3 is left/a.mp4"),
+        (None, 0, "p.png", "at least 1"),
+        (None, 2, "p.mp4", "2 videos, but a clip shows one"),
+        ("left/a.mp4", 0, "p.gif", r"ends in \.gif"),
+        ("left/a.mp4", 0, "p", "ends in nothing"),
+    ],
+)
+def test_inspect_explains_what_it_cannot_do(
+    sideways: ShardSet, tmp_path: Path, video: str | None, sample: int, out: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        preview.inspect(sideways.folder, video, sample, 0, tmp_path / out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_many_or_unknown_videos_are_refused(sideways: ShardSet, tmp_path: Path) -> None:
+    for videos, words in (([], "0 videos"), ([0] * 25, "25 videos"), ([3], "video 3: this set has videos 0 to 2")):
+        with pytest.raises(ValueError, match=words):
+            preview.contact_sheet(sideways, videos, tmp_path / "p.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("module", "word"), [("matplotlib.figure", "matplotlib"), ("av", "PyAV")])
+def test_a_missing_library_is_named(
+    sideways: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, word: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"needs? {word}"):
+        if module == "av":
+            preview.animation(sideways, 0, tmp_path / "p.mp4")
+        else:
+            preview.contact_sheet(sideways, [0], tmp_path / "p.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_clip_leaves_nothing(sideways: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(preview, "colour_view", broken)
+    with pytest.raises(OSError, match="No space"):
+        preview.animation(sideways, 0, tmp_path / "p.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_clips_make_a_sheet(real_shards: ShardSet, tmp_path: Path) -> None:
+    numbers = [0, len(real_shards) - 1]
+    page = imread(preview.contact_sheet(real_shards, numbers, tmp_path / "real.png"))
+    assert page.shape[0] > 2000 and page.shape[1] < 2200
+    for number in numbers:
+        view = preview._View.of(real_shards, number)
+        assert 1 <= len(view.moments) <= preview.TIMES
+        assert not set(view.moments) & set(view.i_frames.tolist())

@@ -1,0 +1,605 @@
+"""Manifests: the committed lists, the file format, and manifests made from folders."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from preprocess.manifest import SUBSETS, VIDEO_EXTENSIONS, KineticsScan, Manifest, scan, scan_kinetics
+
+ROOT = Path(__file__).parent.parent
+LISTS = ROOT / "data_manifests"
+OFFICIAL = ROOT.parent / "shared" / "data" / "splits"
+UCF101 = ["ucf101.csv", "ucf101_split1.csv", "ucf101_split2.csv", "ucf101_split3.csv"]
+HMDB51 = ["hmdb51.csv", "hmdb51_split1.csv", "hmdb51_split2.csv", "hmdb51_split3.csv"]
+
+needs_official_lists = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official lists are not at {OFFICIAL}")
+
+
+@cache
+def committed(name: str) -> Manifest:
+    return Manifest.read(LISTS / name)
+
+
+# --- the committed lists ---
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("ucf101.csv", {"": 13320}),
+        ("ucf101_split1.csv", {"train": 9537, "test": 3783}),
+        ("ucf101_split2.csv", {"train": 9586, "test": 3734}),
+        ("ucf101_split3.csv", {"train": 9624, "test": 3696}),
+        ("hmdb51.csv", {"": 6766}),
+        ("hmdb51_split1.csv", {"train": 3570, "test": 1530, "unused": 1666}),
+        ("hmdb51_split2.csv", {"train": 3570, "test": 1530, "unused": 1666}),
+        ("hmdb51_split3.csv", {"train": 3570, "test": 1530, "unused": 1666}),
+    ],
+)
+def test_committed_counts(name: str, counts: dict[str, int]) -> None:
+    manifest = committed(name)
+    assert Counter(manifest.subsets) == counts
+    assert len(manifest) == sum(counts.values())
+    assert list(manifest.paths) == sorted(manifest.paths)
+    assert {label for label, n in Counter(manifest.labels).items() if n >= 100} == set(manifest.classes)
+    for subset, n in counts.items():
+        part = manifest.subset(subset)
+        assert len(part) == n
+        assert set(part.labels) == set(manifest.labels)
+
+
+def test_every_committed_list_is_tested() -> None:
+    assert {path.name for path in LISTS.glob("*.csv")} == {*UCF101, *HMDB51}
+
+
+@pytest.mark.parametrize("name", UCF101 + HMDB51)
+def test_committed_bytes_are_what_write_writes(name: str, tmp_path: Path) -> None:
+    committed(name).write(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == (LISTS / name).read_bytes()
+
+
+def test_ucf101_classes_are_in_the_official_order() -> None:
+    classes = committed("ucf101.csv").classes
+    assert len(classes) == 101
+    # Official numbers, from 1, of classes where a plain sort or an off-by-one would show.
+    official = {
+        "ApplyEyeMakeup": 1, "Billiards": 12, "BodyWeightSquats": 15, "Hammering": 35, "HammerThrow": 36,
+        "HandstandPushups": 37, "HandstandWalking": 38, "JumpingJack": 47, "JumpRope": 48, "YoYo": 101,
+    }  # fmt: skip
+    assert {name: classes.index(name) + 1 for name in official} == official
+    manifest = committed("ucf101_split1.csv")
+    numbers = manifest.label_numbers
+    assert numbers.dtype == np.int32 and numbers.shape == (13320,)
+    assert numbers[manifest.paths.index("YoYo/v_YoYo_g25_c05.avi")] == 100
+    assert numbers[manifest.paths.index("HandstandPushups/v_HandStandPushups_g01_c01.avi")] == 36
+    assert numbers.min() == 0 and numbers.max() == 100
+
+
+def test_hmdb51_classes_are_in_the_official_order() -> None:
+    classes = committed("hmdb51.csv").classes
+    assert len(classes) == 51
+    assert classes[:5] == ("brush_hair", "cartwheel", "catch", "chew", "clap")
+    assert classes[16:18] == ("handstand", "hit")
+    assert classes[-1] == "wave"
+
+
+@needs_official_lists
+def test_class_order_agrees_with_the_official_files() -> None:
+    ucf = [line.split()[1] for line in (OFFICIAL / "ucf101_official/classInd.txt").read_text().splitlines() if line]
+    assert list(committed("ucf101.csv").classes) == ucf
+    kinetics = (OFFICIAL / "kinetics400/label_map_k400.txt").read_text().splitlines()
+    rows = tuple(f"{i}.mp4" for i in range(400))
+    assert list(Manifest(rows, tuple(reversed(kinetics)), ("",) * 400).classes) == kinetics
+
+
+@pytest.mark.parametrize("whole", [UCF101, HMDB51], ids=["ucf101", "hmdb51"])
+def test_splits_cover_the_whole_set(whole: list[str]) -> None:
+    first, *splits = map(committed, whole)
+    for split in splits:
+        assert split.paths == first.paths
+        assert split.labels == first.labels
+    assert len({split.subsets for split in splits}) == 3
+    assert all(path.split("/")[0] == label and path.count("/") == 1 for path, label in zip(first.paths, first.labels))
+
+
+@pytest.mark.parametrize("name", UCF101[1:])
+def test_ucf101_groups_are_never_in_train_and_test(name: str) -> None:
+    manifest = committed(name)
+    sides: dict[str, set[str]] = {"train": set(), "test": set()}
+    for path, subset in zip(manifest.paths, manifest.subsets):
+        sides[subset].add(path.rsplit("_c", 1)[0])  # HandstandPushups/v_HandStandPushups_g01
+    assert not sides["train"] & sides["test"]
+    assert len(sides["train"] | sides["test"]) == 101 * 25
+
+
+def test_every_ucf101_video_is_tested_at_most_once_and_hmdb51_names_are_exact() -> None:
+    tests = [set(committed(name).subset("test").paths) for name in UCF101[1:]]
+    assert not (tests[0] & tests[1] | tests[0] & tests[2] | tests[1] & tests[2])
+    names = set(committed("hmdb51.csv").paths)
+    assert "golf/Golf_Tips_-_Hit_The_Driver_300+_Yards!!!_golf_f_nm_np1_fr_med_0.avi" in names
+    assert "climb/(HQ)_Rock_Climbing_-_Free_Solo_Speed_Climb_-_Dan_Osman_climb_f_cm_np1_le_med_2.avi" in names
+    assert set("!#&()+-;@[]~") <= set("".join(names))
+
+
+def generate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(LISTS / "generate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@needs_official_lists
+def test_generate_makes_the_committed_bytes(tmp_path: Path) -> None:
+    done = generate(
+        "--ucf101", OFFICIAL / "ucf101_official", "--hmdb51", OFFICIAL / "hmdb51_official", "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {*UCF101, *HMDB51}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (LISTS / path.name).read_bytes(), path.name
+
+
+def invented_ucf101(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "classInd.txt").write_text("1 Archery\n2 YoYo\n\n")
+    for n in (1, 2, 3):
+        (folder / f"trainlist0{n}.txt").write_text("YoYo/b.avi 2\nYoYo/a.avi 2\n")
+        (folder / f"testlist0{n}.txt").write_text("Archery/c.avi\r\n")
+
+
+def test_generate_on_invented_lists(tmp_path: Path) -> None:
+    invented_ucf101(tmp_path / "ucf")
+    (tmp_path / "hmdb").mkdir()
+    for n, numbers in ((1, "120"), (2, "201"), (3, "012")):
+        lines = [f"{name} {number} \n" for name, number in zip(("z[1].avi", "a!.avi", "b;c.avi"), numbers)]
+        (tmp_path / "hmdb" / f"brush_hair_test_split{n}.txt").write_text("".join(lines))
+    done = generate("--ucf101", tmp_path / "ucf", "--hmdb51", tmp_path / "hmdb", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ucf101.csv").read_bytes() == (
+        b"path,label,subset\nArchery/c.avi,Archery,\nYoYo/a.avi,YoYo,\nYoYo/b.avi,YoYo,\n"
+    )
+    assert (tmp_path / "ucf101_split2.csv").read_bytes() == (
+        b"path,label,subset\nArchery/c.avi,Archery,test\nYoYo/a.avi,YoYo,train\nYoYo/b.avi,YoYo,train\n"
+    )
+    assert (tmp_path / "hmdb51_split1.csv").read_bytes() == (
+        b"path,label,subset\nbrush_hair/a!.avi,brush_hair,test\nbrush_hair/b;c.avi,brush_hair,unused\n"
+        b"brush_hair/z[1].avi,brush_hair,train\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "complaint"),
+    [
+        ("trainlist02.txt", "YoYo/b.avi 1\nYoYo/a.avi 2\n", "'YoYo/b.avi 1' contradicts classInd.txt"),
+        ("trainlist03.txt", "Yoyo/b.avi 2\nYoYo/a.avi 2\n", "'Yoyo/b.avi 2' contradicts classInd.txt"),
+        ("testlist01.txt", "Archery/c.avi\nYoYo/a.avi\n", "'YoYo/a.avi' is listed twice"),
+        ("testlist01.txt", "Archery/d.avi\n", "do not cover the same videos"),
+    ],
+)
+def test_generate_refuses_damaged_lists(tmp_path: Path, file: str, text: str, complaint: str) -> None:
+    invented_ucf101(tmp_path / "ucf")
+    (tmp_path / "ucf" / file).write_text(text)
+    done = generate("--ucf101", tmp_path / "ucf", "--out", tmp_path)
+    assert done.returncode == 1
+    assert complaint in done.stderr
+    assert not list(tmp_path.glob("*.csv"))
+
+
+# --- the file ---
+
+
+def refused(tmp_path: Path, content: str | bytes) -> str:
+    file = tmp_path / "list.csv"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError) as caught:
+        Manifest.read(file)
+    message = str(caught.value)
+    assert message.startswith(str(file))
+    return message.removeprefix(str(file))
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        (",Archery,", ("empty path", "relative to the video folder")),
+        ("/data/a.avi,Archery,", ("absolute path '/data/a.avi'", "relative")),
+        ("C:/data/a.avi,Archery,", ("absolute path 'C:/data/a.avi'", "relative")),
+        ("../a.avi,Archery,", ("'../a.avi'", "'..'")),
+        ("b/../a.avi,Archery,", ("'b/../a.avi'", "'..'")),
+        ("Archery\\a.avi,Archery,", (repr("Archery\\a.avi"), "backslash", "'/'")),
+        ("./a.avi,Archery,", ("'./a.avi'", "write 'a.avi'")),
+        ("b//a.avi,Archery,", ("'b//a.avi'", "write 'b/a.avi'")),
+        ("b/,Archery,", ("'b/'", "write 'b'")),
+        (".,Archery,", ("path '.'",)),
+        ('"a\nb.avi",Archery,', (r"'a\nb.avi'", "control character", "rename")),
+        ("a.avi,7,", ("label '7'", "number", "'class_7'")),
+        ("a.avi,-1,", ("label '-1'", "number")),
+        ("a.avi,3.0,", ("label '3.0'", "number")),
+        ("a.avi, Archery,", ("label ' Archery'", "white space", "'Archery'")),
+        ("a.avi,Archery,validation", ("unknown subset 'validation'", "train, val, test, unused", "empty")),
+        ("a.avi,Archery,Train", ("unknown subset 'Train'",)),
+        ("good.avi,Archery,", ("duplicate path 'good.avi'", "line 2")),
+        ("a.avi,Archery", ("2 fields", "3", "quotes")),
+        ("a,b.avi,Archery,train", ("4 fields", "3", "quotes")),
+    ],
+)
+def test_bad_rows_are_refused_by_line(tmp_path: Path, row: str, parts: tuple[str, ...]) -> None:
+    message = refused(tmp_path, f"path,label,subset\ngood.avi,Archery,train\n\n{row}\nlast.avi,YoYo,test\n")
+    line = 4 + row.count("\n")
+    assert message.startswith(f", line {line}: ")
+    for part in parts:
+        assert part in message.removeprefix(f", line {line}: ")
+
+
+@pytest.mark.parametrize(
+    ("header", "parts"),
+    [
+        ("path,label", ("'subset' is missing", "'path,label'", "path,label,subset")),
+        ("label,subset", ("'path' is missing",)),
+        ("path,label,subset,fps", ("unknown column 'fps'", "path,label,subset")),
+        ("path,label,subset,label", ("'label' appears 2 times",)),
+        ("path;label;subset", ("'path' is missing", "'path;label;subset'")),
+        ("Path,label,subset", ("'path' is missing",)),
+    ],
+)
+def test_bad_headers_are_refused(tmp_path: Path, header: str, parts: tuple[str, ...]) -> None:
+    message = refused(tmp_path, f"{header}\na.avi,Archery,\n")
+    assert message.startswith(", line 1: ")
+    for part in parts:
+        assert part in message
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    assert "'path' is missing" in refused(tmp_path, b"")
+    assert ": no rows: list at least one video" in refused(tmp_path, "path,label,subset\n")
+    assert ": no rows" in refused(tmp_path, "path,label,subset\n\n\n")
+    latin = refused(tmp_path, "path,label,subset\na.avi,A,\ncafé.avi,A,\n".encode("latin-1"))
+    assert latin.startswith(", line 3: byte 0xe9 is not UTF-8") and "save" in latin
+    assert ", line 1: byte 0xff is not UTF-8" in refused(tmp_path, "path,label,subset\na.avi,A,\n".encode("utf-16"))
+    assert ", line 2: not a CSV row" in refused(tmp_path, 'path,label,subset\n"a.avi"x,A,\n')
+    assert "not a CSV row" in refused(tmp_path, 'path,label,subset\n"a.avi,A,\nb.avi,B,\n')
+    assert ", line 2: " in refused(tmp_path, b"path,label,subset\na\x00.avi,A,\n")
+    with pytest.raises(FileNotFoundError):
+        Manifest.read(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfpath,label,subset\nb.avi,B,test\na.avi,,train\n",
+        b"path,label,subset\r\nb.avi,B,test\r\n\r\na.avi,,train\r\n",
+        b"subset,path,label\ntest,b.avi,B\ntrain,a.avi,\n",
+        b'"path","label","subset"\n"b.avi","B","test"\n"a.avi","","train"',
+    ],
+    ids=["byte order mark", "windows line ends", "other order", "quotes, no last line end"],
+)
+def test_other_spellings_of_a_file_are_the_same_manifest(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.csv").write_bytes(content)
+    manifest = Manifest.read(tmp_path / "list.csv")
+    plain = Manifest(("b.avi", "a.avi"), ("B", ""), ("test", "train"))
+    assert manifest == plain
+    assert manifest.sha256 == plain.sha256
+
+
+def test_the_hash_is_over_rows_in_order() -> None:
+    rows = '["b,\\u00e9.avi","B","test"]\n["a.avi","","train"]\n'
+    manifest = Manifest(("b,é.avi", "a.avi"), ("B", ""), ("test", "train"))
+    assert manifest.sha256 == hashlib.sha256(f"manifest 1\n{rows}".encode()).hexdigest()
+    others = [
+        Manifest(("a.avi", "b,é.avi"), ("", "B"), ("train", "test")),
+        Manifest(("b,é.avi", "a.avi"), ("B", "B"), ("test", "train")),
+        Manifest(("b,é.avi", "a.avi"), ("B", ""), ("test", "test")),
+        Manifest(("b,é.avi",), ("B",), ("test",)),
+    ]
+    assert len({manifest.sha256, *(other.sha256 for other in others)}) == 5
+
+
+names = st.text(st.characters(blacklist_categories=("Cc", "Cs"), blacklist_characters="/\\"), min_size=1, max_size=12)
+paths = st.lists(names.filter(lambda name: name not in (".", "..")), min_size=1, max_size=4).map("/".join)
+labels = names.map(str.strip).filter(lambda name: not name[-1:].isdigit() and not name.endswith(".")) | st.just("")
+rows = st.lists(
+    st.tuples(paths.filter(lambda path: not re.match("[A-Za-z]:/", path)), labels, st.sampled_from(SUBSETS)),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda row: row[0],
+)
+
+
+@given(rows=rows)
+@example(rows=[('a "quoted", (name) \u2028!.avi', "it's, so", "val"), ("\ufeff.avi", "", ""), (" -;=\x85 ", "é", "")])
+@settings(max_examples=200, deadline=None)
+def test_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]]) -> None:
+    file = tmp_path_factory.mktemp("round") / "list.csv"
+    manifest = Manifest(*(tuple(column) for column in zip(*rows)))
+    manifest.write(file)
+    again = Manifest.read(file)
+    assert [*zip(again.paths, again.labels, again.subsets)] == rows
+    assert again.sha256 == manifest.sha256
+    first = file.read_bytes()
+    again.write(file)
+    assert file.read_bytes() == first
+    assert b"\r" not in first and [*file.parent.iterdir()] == [file]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "list.csv"
+    Manifest(("old.avi",), ("A",), ("",)).write(file)
+
+    def full(self: Path, data: bytes) -> int:
+        self.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        Manifest(("new.avi",), ("A",), ("",)).write(file)
+    assert Manifest.read(file).paths == ("old.avi",)
+    assert [*tmp_path.iterdir()] == [file]
+
+
+# --- the class ---
+
+
+def test_class_numbers() -> None:
+    manifest = Manifest(tuple("abcdef"), ("jump", "Hop", "", "hop", "Hop", "éclair"), ("",) * 6)
+    assert manifest.classes == ("Hop", "hop", "jump", "éclair")
+    assert manifest.label_numbers.tolist() == [2, 0, -1, 1, 0, 3]
+    with pytest.raises(ValueError, match="read-only"):
+        manifest.label_numbers[0] = 5
+
+
+def test_class_order_never_depends_on_the_run() -> None:
+    # Pairs that differ in case only: a sort by case-folded names alone would leave each to the hash seed.
+    pairs = [(f"A{chr(97 + i)}", f"a{chr(97 + i)}") for i in range(26)]
+    labels = tuple(name for pair in pairs for name in reversed(pair))
+    manifest = Manifest(tuple(map(str, range(52))), labels, ("",) * 52)
+    assert manifest.classes == tuple(name for pair in pairs for name in pair)
+
+
+def test_subsets_keep_class_numbers() -> None:
+    manifest = Manifest(("a", "b", "c", "d"), ("walk", "run", "walk", ""), ("train", "train", "test", "test"))
+    test = manifest.subset("test")
+    assert (test.paths, test.labels, test.subsets) == (("c", "d"), ("walk", ""), ("test", "test"))
+    assert test.classes == ("run", "walk")
+    assert test.label_numbers.tolist() == [1, -1]
+    assert test == Manifest(("c", "d"), ("walk", ""), ("test", "test"))
+    with pytest.raises(ValueError, match=r"subset 'val'; it has 'train' \(2\), 'test' \(2\)"):
+        manifest.subset("val")
+
+
+def test_construction_is_checked_and_pickles() -> None:
+    with pytest.raises(ValueError, match="2 paths, 1 labels and 2 subsets"):
+        Manifest(("a", "b"), ("A",), ("", ""))
+    with pytest.raises(ValueError, match="no rows"):
+        Manifest((), (), ())
+    with pytest.raises(ValueError, match=r"row 1 \(counted from 0\): duplicate path 'a', first at manifest row 0"):
+        Manifest(("a", "a"), ("A", "A"), ("", ""))
+    with pytest.raises(ValueError, match=r"row 0 .*label 3 is a int"):
+        Manifest(("a",), (3,), ("",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"row 0 .*is a PosixPath|row 0 .*is a WindowsPath"):
+        Manifest((Path("a"),), ("A",), ("",))  # type: ignore[arg-type]
+    manifest = Manifest(("a",), ("A",), ("",))
+    assert manifest.classes == ("A",)
+    again = pickle.loads(pickle.dumps(manifest))
+    assert again == manifest and again.classes == ("A",)
+
+
+# --- folders ---
+
+
+def tree(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+def triples(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return list(zip(manifest.paths, manifest.labels, manifest.subsets))
+
+
+def test_scan_class_folders(tmp_path: Path) -> None:
+    tree(tmp_path, "run/b.AVI", "run/deep/er/a.mp4", "jump, high/c (1)!.webm", "jump, high/notes.txt", "empty/readme")
+    assert triples(scan(tmp_path)) == [
+        ("jump, high/c (1)!.webm", "jump, high", ""),
+        ("run/b.AVI", "run", ""),
+        ("run/deep/er/a.mp4", "run", ""),
+    ]
+    assert scan(tmp_path, labels=False).labels == ("", "", "")
+
+
+def test_scan_flat_and_mixed_folders(tmp_path: Path) -> None:
+    tree(tmp_path, "b.mp4", "a.mov", "B.mp4")
+    assert triples(scan(tmp_path)) == [("B.mp4", "", ""), ("a.mov", "", ""), ("b.mp4", "", "")]
+    tree(tmp_path, "run/c.mp4")
+    assert triples(scan(tmp_path))[-1] == ("run/c.mp4", "run", "")
+    assert scan(tmp_path).label_numbers.tolist() == [-1, -1, -1, 0]
+
+
+def test_scan_subset_folders(tmp_path: Path) -> None:
+    tree(tmp_path, "train/run/a.mp4", "train/jump/x/b.mp4", "val/run/a.mp4", "test/c.mp4", "d.mp4", "notes/e.txt")
+    assert triples(scan(tmp_path)) == [
+        ("d.mp4", "", ""),
+        ("test/c.mp4", "", "test"),
+        ("train/jump/x/b.mp4", "jump", "train"),
+        ("train/run/a.mp4", "run", "train"),
+        ("val/run/a.mp4", "run", "val"),
+    ]
+    assert scan(tmp_path, labels=False).labels == ("",) * 5
+    tree(tmp_path, "walk/f.mp4")  # one folder of another name: train, val and test are then classes like it
+    assert set(scan(tmp_path).subsets) == {""}
+    assert scan(tmp_path).classes == ("test", "train", "val", "walk")
+
+
+def test_scan_takes_every_extension_and_skips_hidden_files(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"v{extension.upper()}" for extension in VIDEO_EXTENSIONS))
+    tree(tmp_path, "._v.avi", ".trash/v.avi", "avi", "v.avi.part", "v.csv", "folder.avi/real.mp4")
+    assert set(scan(tmp_path).paths) == {f"v{e.upper()}" for e in VIDEO_EXTENSIONS} | {"folder.avi/real.mp4"}
+
+
+def test_scan_follows_links_but_not_in_circles(tmp_path: Path) -> None:
+    tree(tmp_path / "elsewhere", "a.mp4")
+    tree(tmp_path / "set", "run/b.mp4")
+    (tmp_path / "set" / "jump").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "run" / "circle").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "run" / "gone.mp4").symlink_to(tmp_path / "gone.mp4")
+    assert scan(tmp_path / "set").paths == ("jump/a.mp4", "run/b.mp4", "run/gone.mp4")
+
+
+def test_scan_refuses_what_no_manifest_may_hold(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a folder"):
+        scan(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no video.*\.mp4"):
+        scan(tree(tmp_path / "empty", "readme.txt"))
+    with pytest.raises(ValueError, match=r"'2019/a.mp4': label '2019' is a number.*'class_2019'"):
+        scan(tree(tmp_path / "years", "2019/a.mp4"))
+    with pytest.raises(ValueError, match=r"holds a backslash"):
+        scan(tree(tmp_path / "backslash", "a\\b.mp4"))
+    (tmp_path / "latin").mkdir()
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path / "latin") + b"/caf\xe9.mp4")).touch()
+    except OSError:
+        pytest.skip("this file system takes no file names that are not UTF-8")
+    with pytest.raises(ValueError, match=r"not UTF-8: rename"):
+        scan(tmp_path / "latin")
+
+
+# --- Kinetics ---
+
+HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
+
+
+def kinetics(folder: Path, *lines: str, header: str = HEADER, name: str = "val.csv") -> Path:
+    (folder / name).write_text("\n".join((header, *lines, "")))
+    return folder / name
+
+
+def test_kinetics_names_times_and_folders(tmp_path: Path) -> None:
+    annotations = kinetics(
+        tmp_path,
+        "air drumming,aaaaaaaaaaa,36,46,val,0",  # on disk by id, in a folder with underscores
+        '"tying knot (not on a tie)",-b_b-b_b_00,417,427,val,1',  # by id and times; the id itself looks like times
+        "zumba,ccccccccccc,0,10,val,0",  # missing
+        "zumba,dddddddddd_,5,15,val,0",  # on disk at other times only
+        "abseiling,eeeeeeeeeee,1,11,val,0",  # the same id at two times, both on disk
+        "abseiling,eeeeeeeeeee,100,110,val,0",
+        "abseiling,fffffffffff,1,11,val,0",  # the same id in two classes: the folder decides
+        "zumba,fffffffffff,50,60,val,0",
+        "abseiling,ggggggggggg,1,11,val,0",  # the same id twice and no way to tell
+        "abseiling,ggggggggggg,50,60,val,0",
+        "zumba,hhhhhhhhhhh,7,17,val,0",  # times without padding, in the wrong folder: the list decides
+    )
+    folder = tree(
+        tmp_path / "videos",
+        "air_drumming/aaaaaaaaaaa.mp4",
+        "val/tying knot (not on a tie)/-b_b-b_b_00_000417_000427.MKV",
+        "zumba/dddddddddd__000004_000014.mp4",
+        "eeeeeeeeeee_000001_000011.mp4",
+        "eeeeeeeeeee_000100_000110.webm",
+        "Zumba/fffffffffff.mp4",
+        "abseiling/ggggggggggg.mp4",
+        "abseiling/hhhhhhhhhhh_7_17.avi",
+        "zumba/not annotated.mp4",
+        "zumba/zzzzzzzzzzz.mp4",
+        "zumba/ccccccccccc.txt",
+    )
+    found = scan_kinetics(folder, annotations)
+    assert triples(found.manifest) == [
+        ("Zumba/fffffffffff.mp4", "zumba", "val"),
+        ("abseiling/hhhhhhhhhhh_7_17.avi", "zumba", "val"),
+        ("air_drumming/aaaaaaaaaaa.mp4", "air drumming", "val"),
+        ("eeeeeeeeeee_000001_000011.mp4", "abseiling", "val"),
+        ("eeeeeeeeeee_000100_000110.webm", "abseiling", "val"),
+        ("val/tying knot (not on a tie)/-b_b-b_b_00_000417_000427.MKV", "tying knot (not on a tie)", "val"),
+    ]
+    assert found.missing == [
+        "zumba/ccccccccccc_000000_000010",
+        "zumba/dddddddddd__000005_000015",
+        "abseiling/fffffffffff_000001_000011",
+        "abseiling/ggggggggggg_000001_000011",
+        "abseiling/ggggggggggg_000050_000060",
+    ]
+    assert found.unannotated == [
+        "abseiling/ggggggggggg.mp4",
+        "zumba/dddddddddd__000004_000014.mp4",
+        "zumba/not annotated.mp4",
+        "zumba/zzzzzzzzzzz.mp4",
+    ]
+    assert found.copies == []
+
+
+def test_kinetics_lists_join_and_copies_are_told(tmp_path: Path) -> None:
+    train = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,train,0", "zumba,aaaaaaaaaaa,1,11,train,0", name="train.csv")
+    val = kinetics(tmp_path, "yoga,bbbbbbbbbbb,2,12,validate", header=HEADER.removesuffix(",is_cc"))
+    names = ["a/aaaaaaaaaaa.mp4", "b/aaaaaaaaaaa_000001_000011.mp4", "c/aaaaaaaaaaa_000001_000011.mp4"]
+    folder = tree(tmp_path / "videos", *names, "bbbbbbbbbbb.mp4")
+    found = scan_kinetics(folder, train, val)
+    assert isinstance(found, KineticsScan)
+    assert triples(found.manifest) == [(names[1], "zumba", "train"), ("bbbbbbbbbbb.mp4", "yoga", "val")]
+    assert (found.missing, found.unannotated, found.copies) == ([], [], [names[0], names[2]])
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("zumba,short,1,11,val,0", ("'short'", "11")),
+        ("zumba,#NAME?xxxxx,1,11,val,0", ("'#NAME?xxxxx'",)),
+        ("zumba,bbbbbbbbbbb,1.5,11,val,0", ("'1.5'", "whole seconds")),
+        ("zumba,bbbbbbbbbbb,11,11,val,0", ("'11' to '11'", "rising")),
+        ("zumba,bbbbbbbbbbb,1,11,dev,0", ("unknown split 'dev'", "train, val, validate, test")),
+        (
+            "yoga,aaaaaaaaaaa,1,11,val,0",
+            ("yoga/aaaaaaaaaaa_000001_000011", "line 2", "zumba/aaaaaaaaaaa_000001_000011"),
+        ),
+        ("zumba,aaaaaaaaaaa,1,11,train,0", ("(train)", "line 2", "(val)")),
+        ("zumba,bbbbbbbbbbb,1,11,val", ("5 fields", "6")),
+    ],
+)
+def test_kinetics_bad_annotations_are_refused_by_line(tmp_path: Path, line: str, parts: tuple[str, ...]) -> None:
+    annotations = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,val,0", line)
+    with pytest.raises(ValueError) as caught:
+        scan_kinetics(tree(tmp_path / "videos", "aaaaaaaaaaa.mp4"), annotations)
+    assert str(caught.value).startswith(f"{annotations}, line 3: ")
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_kinetics_refuses_what_matches_nothing(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "videos", "one.mp4", "two.mp4")
+    annotations = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,val,0")
+    with pytest.raises(ValueError, match=r"none of its 2 videos .* the 1 annotated .*aaaaaaaaaaa_000001_000011\.mp4"):
+        scan_kinetics(folder, annotations)
+    with pytest.raises(ValueError, match="no annotation list"):
+        scan_kinetics(folder)
+    with pytest.raises(ValueError, match="no rows below the header"):
+        scan_kinetics(folder, kinetics(tmp_path))
+    with pytest.raises(ValueError, match="line 1: column 'label' is missing"):
+        scan_kinetics(folder, kinetics(tmp_path, "aaaaaaaaaaa,1,11", header="youtube_id,time_start,time_end"))
+
+
+@needs_official_lists
+def test_kinetics_official_validation_list(tmp_path: Path) -> None:
+    annotations = OFFICIAL / "kinetics400" / "kinetics-400_val.csv"
+    with annotations.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = rows[::100]
+    folder = tree(
+        tmp_path,
+        *(f"{r['label']}/{r['youtube_id']}_{int(r['time_start']):06d}_{int(r['time_end']):06d}.mp4" for r in kept),
+    )
+    found = scan_kinetics(folder, annotations)
+    assert Counter(found.manifest.labels) == Counter(row["label"] for row in kept)
+    assert all(path.split("/")[0] == label for path, label in zip(found.manifest.paths, found.manifest.labels))
+    assert len(found.missing) == 19906 - len(kept)
+    assert not found.unannotated and not found.copies and set(found.manifest.subsets) == {"val"}

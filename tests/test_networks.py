@@ -1,0 +1,687 @@
+"""Networks: shapes, parameter counts worked out by hand, and references that share no code with what they check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from train.networks import build_predictor, build_video_network
+from train.networks.c3d import C3D
+from train.networks.heads import MLPHead, flatten_points
+from train.networks.predictor import Attention, ConvGRUCell, ConvGRUPredictor, TransformerPredictor
+from train.networks.resnet import BasicBlock, Bottleneck, ResNet, r2d10, r2plus1d26, r3d10, r3d26
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def on_meta(build: Callable[[], Network]) -> Network:
+    """The network without memory for its weights: enough for shapes and counts."""
+    with torch.device("meta"):
+        return build()
+
+
+def meta_shape(forward: Callable[[Tensor], Tensor], *shape: int) -> tuple[int, ...]:
+    return tuple(forward(torch.empty(shape, device="meta")).shape)
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def wake(network: Network) -> Network:
+    """Gives every batch norm a scale and a shift of its own, so that residual branches are not zero."""
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm3d):
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.uniform_(-0.5, 0.5, generator=generator)
+    return network
+
+
+# ---------------------------------------------------------------------------------------------------------- shapes
+
+
+def test_shapes_at_full_size() -> None:
+    clip = (2, 3, 16, 112, 112)
+    c3d = on_meta(C3D)
+    assert meta_shape(c3d, *clip) == meta_shape(c3d.forward_pretrain, *clip) == (2, 512, 2, 7, 7)
+    for build in (r3d26, r2plus1d26):
+        network = on_meta(build)
+        assert meta_shape(network, *clip) == (2, 2048, 2, 4, 4)
+        assert meta_shape(network.forward_pretrain, *clip) == (2, 2048, 2, 7, 7)
+        assert network.channels == 2048 and network.pretrain_grid(16, 112, 112) == (2, 7, 7)
+    motion = on_meta(lambda: r3d10(2, stem_stride=1))
+    assert meta_shape(motion, 2, 2, 8, 112, 112) == (2, 512, 1, 7, 7)
+    assert motion.channels == c3d.channels == 512 and motion.grid(8, 112, 112) == (1, 7, 7)
+    assert meta_shape(on_meta(r2d10), 2, 3, 1, 112, 112) == (2, 512, 1, 4, 4)
+
+
+def test_shapes_of_the_small_networks_match_the_small_motion_map() -> None:
+    video = on_meta(lambda: r3d10(width=16))
+    assert meta_shape(video, 2, 3, 8, 64, 64) == (2, 128, 1, 2, 2)
+    assert meta_shape(video.forward_pretrain, 2, 3, 8, 64, 64) == (2, 128, 1, 4, 4)
+    assert meta_shape(on_meta(lambda: C3D(width=16)).forward_pretrain, 2, 3, 8, 64, 64) == (2, 128, 1, 4, 4)
+    assert meta_shape(on_meta(lambda: r3d10(2, 16, 1)), 2, 2, 8, 64, 64) == (2, 128, 1, 4, 4)
+    assert meta_shape(on_meta(lambda: r2d10(width=16)), 2, 3, 1, 64, 64) == (2, 128, 1, 2, 2)
+
+
+@pytest.mark.parametrize("build", [r3d26, r2plus1d26])
+def test_sizes_inside_a_26_layer_network(build: Callable[[], ResNet]) -> None:
+    network = on_meta(build)
+    seen: list[tuple[int, ...]] = []
+    for layer in (network.stem, network.layer1, network.layer2, network.layer3, network.layer4):
+        layer.register_forward_hook(lambda _module, _inputs, out: seen.append(tuple(out.shape[1:])))
+    meta_shape(network.forward_pretrain, 1, 3, 16, 112, 112)
+    # Each part ran once, although layers 3 and 4 are both used.
+    assert seen == [(64, 16, 28, 28), (256, 16, 28, 28), (512, 8, 14, 14), (1024, 4, 7, 7), (2048, 2, 4, 4)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 33), st.integers(16, 130), st.integers(16, 130), st.sampled_from([1, 2]))
+def test_grids_are_those_of_the_maps(frames: int, height: int, width: int, stride: int) -> None:
+    resnet = on_meta(lambda: r3d10(width=2, stem_stride=stride))
+    shape = (2, 3, frames, height, width)
+    assert meta_shape(resnet, *shape) == (2, 16, *resnet.grid(frames, height, width))
+    frame_network = on_meta(lambda: r2d10(width=2))
+    assert meta_shape(frame_network, *shape) == (2, 16, *frame_network.grid(frames, height, width))
+    if (frames + 3) // 4 % 2:
+        with pytest.raises(ValueError, match=rf"{frames} frames leave \d+ in layer 3.*multiple of 8"):
+            resnet.forward_pretrain(torch.empty(shape, device="meta"))
+    else:
+        assert meta_shape(resnet.forward_pretrain, *shape) == (2, 16, *resnet.pretrain_grid(frames, height, width))
+    c3d = on_meta(lambda: C3D(width=2))
+    if frames < 8:
+        with pytest.raises(ValueError, match=f"{frames}x{height}x{width} is below 8x16x16"):
+            c3d(torch.empty(shape, device="meta"))
+    else:
+        assert meta_shape(c3d, *shape) == (2, 16, *c3d.grid(frames, height, width))
+
+
+# ------------------------------------------------------------------------------------------------ parameter counts
+
+
+def test_parameter_count_of_c3d() -> None:
+    assert count(on_meta(C3D)) == (
+        3 * 64 * 27 + 2 * 64  # conv1 and its norm's scale and shift
+        + 64 * 128 * 27 + 2 * 128  # conv2
+        + 128 * 256 * 27 + 2 * 256  # conv3a
+        + 256 * 256 * 27 + 2 * 256  # conv3b
+        + 256 * 512 * 27 + 2 * 512  # conv4a
+        + 512 * 512 * 27 + 2 * 512  # conv4b
+        + 512 * 512 * 27 + 2 * 512  # conv5a
+        + 512 * 512 * 27 + 2 * 512  # conv5b
+    )  # fmt: skip
+
+
+def test_parameter_count_of_r3d_26() -> None:
+    assert count(on_meta(r3d26)) == (
+        3 * 64 * 3 * 7 * 7 + 2 * 64  # stem
+        + 64 * 64 + 2 * 64 + 64 * 64 * 27 + 2 * 64 + 64 * 256 + 2 * 256  # layer 1, block 1
+        + 64 * 256 + 2 * 256  # its shortcut
+        + 256 * 64 + 2 * 64 + 64 * 64 * 27 + 2 * 64 + 64 * 256 + 2 * 256  # layer 1, block 2
+        + 256 * 128 + 2 * 128 + 128 * 128 * 27 + 2 * 128 + 128 * 512 + 2 * 512  # layer 2, block 1
+        + 256 * 512 + 2 * 512  # its shortcut
+        + 512 * 128 + 2 * 128 + 128 * 128 * 27 + 2 * 128 + 128 * 512 + 2 * 512  # layer 2, block 2
+        + 512 * 256 + 2 * 256 + 256 * 256 * 27 + 2 * 256 + 256 * 1024 + 2 * 1024  # layer 3, block 1
+        + 512 * 1024 + 2 * 1024  # its shortcut
+        + 1024 * 256 + 2 * 256 + 256 * 256 * 27 + 2 * 256 + 256 * 1024 + 2 * 1024  # layer 3, block 2
+        + 1024 * 512 + 2 * 512 + 512 * 512 * 27 + 2 * 512 + 512 * 2048 + 2 * 2048  # layer 4, block 1
+        + 1024 * 2048 + 2 * 2048  # its shortcut
+        + 2048 * 512 + 2 * 512 + 512 * 512 * 27 + 2 * 512 + 512 * 2048 + 2 * 2048  # layer 4, block 2
+    )  # fmt: skip
+
+
+def test_parameter_count_of_r2plus1d_26() -> None:
+    # Middle channels: stem 3*49*3*64 / (49*3 + 3*64) = 28224 / 339 = 83.3; else 27*c*c / (9*c + 3*c) = 2.25 c.
+    factored_64 = 64 * 144 * 9 + 2 * 144 + 144 * 64 * 3 + 2 * 64
+    factored_128 = 128 * 288 * 9 + 2 * 288 + 288 * 128 * 3 + 2 * 128
+    factored_256 = 256 * 576 * 9 + 2 * 576 + 576 * 256 * 3 + 2 * 256
+    factored_512 = 512 * 1152 * 9 + 2 * 1152 + 1152 * 512 * 3 + 2 * 512
+    assert count(on_meta(r2plus1d26)) == (
+        3 * 83 * 7 * 7 + 2 * 83 + 83 * 64 * 3 + 2 * 64  # stem
+        + 64 * 64 + 2 * 64 + factored_64 + 64 * 256 + 2 * 256  # layer 1, block 1
+        + 64 * 256 + 2 * 256  # its shortcut
+        + 256 * 64 + 2 * 64 + factored_64 + 64 * 256 + 2 * 256  # layer 1, block 2
+        + 256 * 128 + 2 * 128 + factored_128 + 128 * 512 + 2 * 512  # layer 2, block 1
+        + 256 * 512 + 2 * 512  # its shortcut
+        + 512 * 128 + 2 * 128 + factored_128 + 128 * 512 + 2 * 512  # layer 2, block 2
+        + 512 * 256 + 2 * 256 + factored_256 + 256 * 1024 + 2 * 1024  # layer 3, block 1
+        + 512 * 1024 + 2 * 1024  # its shortcut
+        + 1024 * 256 + 2 * 256 + factored_256 + 256 * 1024 + 2 * 1024  # layer 3, block 2
+        + 1024 * 512 + 2 * 512 + factored_512 + 512 * 2048 + 2 * 2048  # layer 4, block 1
+        + 1024 * 2048 + 2 * 2048  # its shortcut
+        + 2048 * 512 + 2 * 512 + factored_512 + 512 * 2048 + 2 * 2048  # layer 4, block 2
+    )  # fmt: skip
+
+
+def test_parameter_count_of_the_motion_network() -> None:
+    assert count(on_meta(lambda: r3d10(2, stem_stride=1))) == (
+        2 * 64 * 3 * 7 * 7 + 2 * 64  # stem
+        + 64 * 64 * 27 + 2 * 64 + 64 * 64 * 27 + 2 * 64  # layer 1, whose shortcut is the identity
+        + 64 * 128 * 27 + 2 * 128 + 128 * 128 * 27 + 2 * 128 + 64 * 128 + 2 * 128  # layer 2 and its shortcut
+        + 128 * 256 * 27 + 2 * 256 + 256 * 256 * 27 + 2 * 256 + 128 * 256 + 2 * 256  # layer 3
+        + 256 * 512 * 27 + 2 * 512 + 512 * 512 * 27 + 2 * 512 + 256 * 512 + 2 * 512  # layer 4
+    )  # fmt: skip
+
+
+def test_parameter_count_of_the_iframe_network() -> None:
+    assert count(on_meta(r2d10)) == (
+        3 * 64 * 7 * 7 + 2 * 64  # stem
+        + 64 * 64 * 9 + 2 * 64 + 64 * 64 * 9 + 2 * 64  # layer 1, whose shortcut is the identity
+        + 64 * 128 * 9 + 2 * 128 + 128 * 128 * 9 + 2 * 128 + 64 * 128 + 2 * 128  # layer 2 and its shortcut
+        + 128 * 256 * 9 + 2 * 256 + 256 * 256 * 9 + 2 * 256 + 128 * 256 + 2 * 256  # layer 3
+        + 256 * 512 * 9 + 2 * 512 + 512 * 512 * 9 + 2 * 512 + 256 * 512 + 2 * 512  # layer 4
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("channels", "out_channels"), [(512, 512), (2048, 512), (512, 128)])
+def test_parameter_count_of_the_transformer(channels: int, out_channels: int) -> None:
+    attention = 4 * 512 * 512 + 3 * 512  # queries, keys, values, output; keys without bias
+    feed_forward = 512 * 512 + 512 + 512 * 512 + 512
+    norm = 512 + 512
+    last = 0 if out_channels == 512 else 512 * 128 + 128
+    transformer = on_meta(lambda: build_predictor("transformer", channels, out_channels, (2, 7, 7), (1, 7, 7)))
+    assert count(transformer) == (
+        channels * 512 + 512  # linear map in
+        + 98 * 512 + 49 * 512 + 49 * 512  # positions of the 98 tokens, of the 49 queries; queries
+        + 2 * (attention + feed_forward + 2 * norm)  # encoder
+        + 4 * (attention + attention + feed_forward + 3 * norm)  # decoder
+        + last
+    )  # fmt: skip
+
+
+def test_parameter_count_of_the_conv_gru() -> None:
+    assert count(on_meta(lambda: build_predictor("convgru", 2048, 512, (2, 7, 7), (1, 7, 7)))) == (
+        2048 * 512 + 512  # linear map in
+        + (512 + 512) * 512 * 9 + 512  # update gate, from input and state
+        + (512 + 512) * 512 * 9 + 512  # reset gate
+        + (512 + 512) * 512 * 9 + 512  # candidate
+        + 512 * 512 + 512 + 512 * 512 + 512  # prediction
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [512, 2048])
+def test_parameter_count_of_a_head(channels: int) -> None:
+    expected = channels * 2048 + 2 * 2048 + 2048 * 512 + 2 * 512  # no biases: the norms have them
+    assert count(on_meta(lambda: MLPHead(channels))) == expected
+
+
+# ------------------------------------------------------------------------------------------------ how networks start
+
+
+@pytest.mark.parametrize("build", [r3d26, r2plus1d26, r3d10, r2d10])
+def test_residual_branches_start_at_zero(build: Callable[..., ResNet]) -> None:
+    torch.manual_seed(0)
+    network = build(width=4)
+    blocks = 0
+
+    def check(block: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal blocks
+        blocks += 1
+        expected = inputs[0]
+        if len(list(block.shortcut.children())):
+            convolution, norm = block.shortcut
+            norm = nn.BatchNorm3d(norm.num_features)  # a fresh one, in training mode as the network's
+            expected = norm(convolution(expected))
+        torch.testing.assert_close(out, expected.clamp(min=0))
+        assert out.abs().max() > 0
+
+    for module in network.modules():
+        if isinstance(module, Bottleneck | BasicBlock):
+            module.register_forward_hook(check)
+    with torch.no_grad():
+        network(torch.randn(2, 3, 8, 64, 64))
+    assert blocks == (8 if build in (r3d26, r2plus1d26) else 4)
+
+
+def test_convolutions_start_at_he_fan_out() -> None:
+    torch.manual_seed(0)
+    for network in (r3d10(width=16), r2plus1d26(width=16), r2d10(width=16), C3D(width=16)):
+        for module in network.modules():
+            if isinstance(module, nn.Conv3d) and module.weight.numel() > 20_000:
+                out_channels, _, time, height, width = module.weight.shape
+                expected = (2 / (out_channels * time * height * width)) ** 0.5
+                assert module.weight.std().item() == pytest.approx(expected, rel=0.03)
+                assert abs(module.weight.mean().item()) < 0.03 * expected
+
+
+def test_r2plus1d_filters_space_then_time_with_norm_and_relu_between() -> None:
+    network: Any = on_meta(r2plus1d26)
+    for factored, strides in ((network.stem[0], (1, 2)), (network.layer1[0].conv2, (1, 1))):
+        space, norm, relu, time = factored
+        size = 7 if factored is network.stem[0] else 3
+        assert isinstance(norm, nn.BatchNorm3d) and isinstance(relu, nn.ReLU)
+        assert space.kernel_size == (1, size, size) and space.stride == (1, strides[1], strides[1])
+        assert time.kernel_size == (3, 1, 1) and time.stride == (strides[0], 1, 1)
+    assert network.layer2[0].conv2[0].stride == (1, 2, 2) and network.layer2[0].conv2[3].stride == (2, 1, 1)
+
+
+@pytest.mark.parametrize("build", [C3D, r3d26, r2plus1d26, r3d10, lambda width: r3d10(2, width, stem_stride=1), r2d10])
+def test_gradients_reach_every_parameter_of_a_backbone(build: Callable[..., C3D | ResNet]) -> None:
+    torch.manual_seed(0)
+    network = wake(build(width=4)).double()
+    channels = next(network.parameters()).shape[1]
+    x = torch.randn(2, channels, 16, 48, 48, dtype=torch.float64)
+    if build is r2d10:
+        out = network(x[:, :, :1])
+    else:
+        out = network.forward_pretrain(x)
+    assert_gradients(network, out)
+
+
+def assert_gradients(network: nn.Module, out: Tensor) -> None:
+    (out * torch.randn_like(out)).sum().backward()
+    missing = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7]
+    assert missing == []
+
+
+def test_batch_norms_convert_to_synchronised_ones() -> None:
+    for network in (C3D(width=2), r2plus1d26(width=2), r2d10(width=2), MLPHead(4, 6, 5)):
+        norms = sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm3d) for m in network.modules())
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        assert norms == sum(isinstance(m, nn.SyncBatchNorm) for m in converted.modules()) > 0
+        assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm3d) for m in converted.modules())
+
+
+# ------------------------------------------------------------------------------------------------- backbones' maps
+
+
+def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) -> (height, width), by hand: pixel centres at one half, edges repeated."""
+    out = np.empty((height, width))
+    for row in range(height):
+        for column in range(width):
+            y = max((row + 0.5) * image.shape[0] / height - 0.5, 0)
+            x = max((column + 0.5) * image.shape[1] / width - 0.5, 0)
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, image.shape[0] - 1), min(left + 1, image.shape[1] - 1)
+            upper = image[top, left] * (1 - (x - left)) + image[top, right] * (x - left)
+            lower = image[bottom, left] * (1 - (x - left)) + image[bottom, right] * (x - left)
+            out[row, column] = upper * (1 - (y - top)) + lower * (y - top)
+    return out
+
+
+def test_pretraining_map_is_layer_4_upsampled_plus_layer_3_stacked() -> None:
+    torch.manual_seed(0)
+    network = wake(r3d10(width=2)).double().eval()
+    maps: list[Tensor] = []
+    network.layer3.register_forward_hook(lambda _module, _inputs, out: maps.append(out.clone()))
+    network.layer4.register_forward_hook(lambda _module, _inputs, out: maps.append(out.clone()))
+    with torch.no_grad():
+        x = torch.randn(2, 3, 16, 80, 112, dtype=torch.float64)
+        combined = network.forward_pretrain(x)
+        torch.testing.assert_close(network(x), maps[1])
+    layer3, layer4 = (m.numpy() for m in maps[:2])
+    assert layer3.shape == (2, 8, 4, 5, 7) and layer4.shape == (2, 16, 2, 3, 4)
+    expected = np.empty((2, 16, 2, 5, 7))
+    for b in range(2):
+        for c in range(16):
+            for t in range(2):
+                frame = 2 * t if c < 8 else 2 * t + 1  # even frames in the first half of the channels
+                expected[b, c, t] = bilinear(layer4[b, c, t], 5, 7) + layer3[b, c % 8, frame]
+    np.testing.assert_allclose(combined.numpy(), expected, atol=1e-12)
+    assert combined.shape[1:] == (network.channels, *network.pretrain_grid(16, 80, 112))
+
+
+def test_2d_network_sees_every_frame_by_itself() -> None:
+    torch.manual_seed(0)
+    network = wake(r2d10(width=4)).eval()
+    x = torch.randn(1, 3, 5, 64, 64)
+    with torch.no_grad():
+        alone = torch.cat([network(x[:, :, t : t + 1]) for t in range(5)], dim=2)
+        torch.testing.assert_close(network(x), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_3d_networks_see_the_order_of_frames() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 16, 64, 64)
+    for build in (C3D, r3d26, r2plus1d26, r3d10):
+        network = wake(build(width=4)).eval()
+        with torch.no_grad():
+            ahead, back = (network(clip).mean((2, 3, 4)) for clip in (x, x.flip(2)))
+        assert not torch.allclose(ahead, back, rtol=1e-3)
+
+
+def test_c3d_equals_its_layers_one_by_one() -> None:
+    torch.manual_seed(0)
+    network = wake(C3D(width=2)).double().eval()
+    x = torch.randn(1, 3, 16, 32, 48, dtype=torch.float64)
+    expected = x
+    pools = {"conv1": (1, 2, 2), "conv2": (2, 2, 2), "conv3b": (2, 2, 2), "conv4b": (2, 2, 2)}
+    for name in ("conv1", "conv2", "conv3a", "conv3b", "conv4a", "conv4b", "conv5a", "conv5b"):
+        convolution, norm, _ = getattr(network, name)
+        expected = F.conv3d(expected, convolution.weight, padding=1)
+        # At evaluation of a fresh network the running mean is 0 and the running variance 1.
+        shift, scale = norm.bias[:, None, None, None], norm.weight[:, None, None, None]
+        expected = (expected / (1 + norm.eps) ** 0.5 * scale + shift).clamp(min=0)
+        if name in pools:
+            t, h, w = pools[name]
+            expected = expected.unfold(2, t, t).unfold(3, h, h).unfold(4, w, w).amax((-3, -2, -1))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
+
+
+# ------------------------------------------------------------------------------------------------------ transformer
+
+
+def weights(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.detach().double().numpy() for name, value in module.state_dict().items()}
+
+
+def attend(w: dict[str, np.ndarray], name: str, heads: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Attention of one sample, (Q, D), (K, D), (K, D) -> (Q, D), one head and one query at a time."""
+    q = q @ w[f"{name}query.weight"].T + w[f"{name}query.bias"]
+    k = k @ w[f"{name}key.weight"].T
+    v = v @ w[f"{name}value.weight"].T + w[f"{name}value.bias"]
+    size = q.shape[1] // heads
+    mixed = np.zeros_like(q)
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        for i in range(len(q)):
+            shares = [np.exp(sum(q[i, part] * k[j, part]) / np.sqrt(size)) for j in range(len(k))]
+            for j in range(len(k)):
+                mixed[i, part] += shares[j] / sum(shares) * v[j, part]
+    return mixed @ w[f"{name}out.weight"].T + w[f"{name}out.bias"]
+
+
+def normalise(w: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    centred = x - x.mean(1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
+    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def feed(w: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    hidden = np.maximum(x @ w[f"{name}.0.weight"].T + w[f"{name}.0.bias"], 0)
+    return hidden @ w[f"{name}.3.weight"].T + w[f"{name}.3.bias"]
+
+
+def small_transformer(**changes: float) -> TransformerPredictor:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"width": 8, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "feed_forward": 12}
+    sizes = sizes | {"dropout": 0.0} | changes
+    network = TransformerPredictor(5, 3, (2, 2, 3), (2, 1, 2), **sizes).double()
+    for parameter in network.parameters():  # biases and norms away from zeros and ones
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return network
+
+
+def test_attention_equals_a_loop() -> None:
+    torch.manual_seed(0)
+    attention = Attention(8, 2, 0.0).double()
+    q, k, v = (torch.randn(2, n, 8, dtype=torch.float64) for n in (3, 5, 5))
+    with torch.no_grad():
+        out = attention(q, k, v)
+    for b in range(2):
+        expected = attend(weights(attention), "", 2, q[b].numpy(), k[b].numpy(), v[b].numpy())
+        np.testing.assert_allclose(out[b].numpy(), expected, atol=1e-12)
+
+
+def test_transformer_equals_a_reference() -> None:
+    network = small_transformer()
+    x = torch.randn(2, 5, 2, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        out = network(x).numpy()
+    assert out.shape == (2, 3, 2, 1, 2)
+    w = weights(network)
+    in_pos, out_pos = w["in_positions"], w["out_positions"]
+    for b in range(2):
+        tokens = np.array([x[b, :, t, i, j].numpy() for t in range(2) for i in range(2) for j in range(3)])
+        memory = tokens @ w["linear_in.weight"].T + w["linear_in.bias"]
+        for n in range(2):
+            layer = f"encoder.{n}."
+            placed = memory + in_pos
+            memory = normalise(w, layer + "norm1", memory + attend(w, layer + "attention.", 2, placed, placed, memory))
+            memory = normalise(w, layer + "norm2", memory + feed(w, layer + "feed_forward", memory))
+        y = w["queries"]
+        for n in range(2):
+            layer = f"decoder.{n}."
+            y = normalise(w, layer + "norm1", y + attend(w, layer + "self_attention.", 2, y + out_pos, y + out_pos, y))
+            crossed = attend(w, layer + "cross_attention.", 2, y + out_pos, memory + in_pos, memory)
+            y = normalise(w, layer + "norm2", y + crossed)
+            y = normalise(w, layer + "norm3", y + feed(w, layer + "feed_forward", y))
+        y = y @ w["linear_out.weight"].T + w["linear_out.bias"]
+        for t in range(2):
+            for j in range(2):
+                np.testing.assert_allclose(out[b, :, t, 0, j], y[t * 2 + j], atol=1e-10)
+
+
+def test_positions_tell_tokens_apart() -> None:
+    network = small_transformer()
+    x = torch.randn(1, 5, 2, 2, 3, dtype=torch.float64)
+    permuted = x.flatten(2)[:, :, torch.randperm(12)].unflatten(2, (2, 2, 3))
+    with torch.no_grad():
+        out = network(x)
+        assert (network(permuted) - out).abs().max() > 1e-2
+        network.in_positions.zero_()
+        torch.testing.assert_close(network(permuted), network(x))
+        assert (network(x) - out).abs().max() > 1e-2
+        out = network(x)
+        network.out_positions.zero_()
+        assert (network(x) - out).abs().max() > 1e-2
+
+
+def test_positions_enter_queries_and_keys_only() -> None:
+    network = small_transformer()
+    for module in network.modules():
+        if isinstance(module, Attention):  # with equal logits only the values are left
+            for parameter in (*module.query.parameters(), *module.key.parameters()):
+                parameter.data.zero_()
+    x = torch.randn(1, 5, 2, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        out = network(x)
+        network.in_positions.normal_()
+        network.out_positions.normal_()
+        torch.testing.assert_close(network(x), out)
+        network.queries.normal_()
+        assert (network(x) - out).abs().max() > 1e-2
+
+
+def test_tokens_are_in_the_order_of_flattened_points() -> None:
+    network = small_transformer(width=4)
+    network.linear_out = nn.Identity()
+    seen: list[Tensor] = []
+    network.encoder[0].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    network.decoder[-1].register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    x = torch.randn(2, 5, 2, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        out = network(x)
+        tokens_in, tokens_out = seen
+        torch.testing.assert_close(tokens_in.flatten(0, 1), network.linear_in(flatten_points(x)))
+        torch.testing.assert_close(tokens_out.flatten(0, 1), flatten_points(out))
+    for b, t, j in np.ndindex(2, 2, 2):
+        assert torch.equal(out[b, :, t, 0, j], tokens_out[b, t * 2 + j])
+
+
+def test_dropout_acts_in_training_only() -> None:
+    network = small_transformer(dropout=0.5)
+    x = torch.randn(1, 5, 2, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        assert not torch.allclose(network(x), network(x))
+        network.eval()
+        assert torch.equal(network(x), network(x))
+        attention = Attention(8, 2, 0.5)  # it drops attention weights, too
+        tokens = torch.randn(1, 6, 8)
+        assert not torch.allclose(attention(tokens, tokens, tokens), attention(tokens, tokens, tokens))
+        assert torch.equal(*(attention.eval()(tokens, tokens, tokens) for _ in range(2)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.2}])
+def test_gradients_reach_every_parameter_of_the_transformer(changes: dict[str, float]) -> None:
+    network = small_transformer(**changes)
+    assert_gradients(network, network(torch.randn(2, 5, 2, 2, 3, dtype=torch.float64)))
+
+
+def test_transformer_projects_only_where_widths_differ() -> None:
+    assert isinstance(TransformerPredictor(5, 8, (1, 2, 2), (1, 2, 2), width=8, heads=2).linear_out, nn.Identity)
+    assert isinstance(TransformerPredictor(5, 9, (1, 2, 2), (1, 2, 2), width=8, heads=2).linear_out, nn.Linear)
+
+
+# --------------------------------------------------------------------------------------------------------- ConvGRU
+
+
+def convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """(C, H, W) with (O, C, k, k) -> (O, H, W), zeros around, one offset of the kernel at a time."""
+    reach = weight.shape[2] // 2
+    padded = np.pad(x, ((0, 0), (reach, reach), (reach, reach)))
+    out = np.zeros((len(weight), *x.shape[1:])) + bias[:, None, None]
+    for dy in range(weight.shape[2]):
+        for dx in range(weight.shape[3]):
+            shifted = padded[:, dy : dy + x.shape[1], dx : dx + x.shape[2]]
+            out += np.einsum("oc,chw->ohw", weight[:, :, dy, dx], shifted)
+    return out
+
+
+def gru_step(w: dict[str, np.ndarray], x: np.ndarray, state: np.ndarray) -> np.ndarray:
+    width = len(x)
+    gates = 1 / (1 + np.exp(-convolve(np.concatenate((x, state)), w["cell.gates.weight"], w["cell.gates.bias"])))
+    update, reset = gates[:width], gates[width:]
+    mixed = np.concatenate((x, reset * state))
+    candidate = np.tanh(convolve(mixed, w["cell.candidate.weight"], w["cell.candidate.bias"]))
+    return state + update * (candidate - state)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    in_grid=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+    out_grid=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+    out_channels=st.sampled_from([4, 6]),
+    kernel=st.sampled_from([1, 3]),
+)
+def test_conv_gru_equals_its_steps(
+    in_grid: tuple[int, int, int], out_grid: tuple[int, int, int], out_channels: int, kernel: int
+) -> None:
+    torch.manual_seed(0)
+    network = ConvGRUPredictor(5, out_channels, in_grid, out_grid, width=4, kernel=kernel).double()
+    for parameter in network.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(2, 5, *in_grid, dtype=torch.float64)
+    with torch.no_grad():
+        out = network(x).numpy()
+    assert out.shape == (2, out_channels, *out_grid)
+    w = weights(network)
+    for b in range(2):
+        state = np.zeros((4, *in_grid[1:]))
+        for t in range(in_grid[0]):
+            state = gru_step(w, convolve(x[b, :, t].numpy(), w["conv_in.weight"], w["conv_in.bias"]), state)
+        for t in range(out_grid[0]):
+            hidden = np.maximum(convolve(state, w["predict.0.weight"], w["predict.0.bias"]), 0)
+            predicted = convolve(hidden, w["predict.2.weight"], w["predict.2.bias"])
+            state = gru_step(w, predicted, state)
+            resampled = np.stack([bilinear(channel, *out_grid[1:]) for channel in predicted])
+            if out_channels != 4:
+                resampled = convolve(resampled, w["conv_out.weight"], w["conv_out.bias"])
+            np.testing.assert_allclose(out[b, :, t], resampled, atol=1e-10)
+
+
+def test_gradients_reach_every_parameter_of_the_conv_gru() -> None:
+    torch.manual_seed(0)
+    network = ConvGRUPredictor(5, 6, (2, 3, 3), (1, 4, 4), width=4).double()
+    assert_gradients(network, network(torch.randn(2, 5, 2, 3, 3, dtype=torch.float64)))
+
+
+# ----------------------------------------------------------------------------------------------------------- heads
+
+
+def test_head_equals_a_reference_and_has_unit_length() -> None:
+    torch.manual_seed(0)
+    head = wake(MLPHead(5, 7, 6)).double()
+    x = torch.randn(9, 5, dtype=torch.float64)
+    with torch.no_grad():
+        out = head(x).numpy()
+    w = weights(head)
+    hidden = x.numpy() @ w["linear1.weight"].T
+    hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5) * w["norm1.weight"] + w["norm1.bias"]
+    last = np.maximum(hidden, 0) @ w["linear2.weight"].T
+    last = (last - last.mean(0)) / np.sqrt(last.var(0) + 1e-5) * w["norm2.weight"] + w["norm2.bias"]
+    np.testing.assert_allclose(out, last / np.sqrt((last**2).sum(1, keepdims=True)), atol=1e-12)
+
+
+def test_head_ends_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    head = MLPHead(64, 96, 80)
+    x = torch.randn(32, 64)
+    with torch.no_grad():
+        exact = head(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = head(x)
+    assert out.dtype == exact.dtype == torch.float32
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(32), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out, exact, atol=0.02, rtol=0)
+    assert not torch.equal(out, exact)  # autocast did act on the layers before
+
+
+def test_gradients_reach_every_parameter_of_a_head() -> None:
+    torch.manual_seed(0)
+    head = MLPHead(5, 7, 6).double()
+    assert_gradients(head, head(torch.randn(9, 5, dtype=torch.float64)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.tuples(*[st.integers(1, 4)] * 5))
+def test_points_come_in_the_order_b_t_h_w(shape: tuple[int, int, int, int, int]) -> None:
+    x = torch.arange(int(np.prod(shape))).reshape(shape)
+    rows = flatten_points(x)
+    batch, channels, frames, height, width = shape
+    assert rows.shape == (batch * frames * height * width, channels)
+    row = 0
+    for b in range(batch):
+        for t in range(frames):
+            for i in range(height):
+                for j in range(width):
+                    assert torch.equal(rows[row], x[b, :, t, i, j])
+                    row += 1
+
+
+# -------------------------------------------------------------------------------------------- choosing, and refusing
+
+
+@pytest.mark.parametrize(("name", "channels"), [("c3d", 128), ("r3d26", 512), ("r2plus1d26", 512), ("r3d10", 128)])
+def test_video_networks_by_name(name: str, channels: int) -> None:
+    network = on_meta(lambda: build_video_network(name, width=16))
+    assert network.channels == channels
+    assert meta_shape(network.forward_pretrain, 1, 3, 16, 112, 112) == (1, channels, 2, 7, 7)
+
+
+def test_predictors_by_name() -> None:
+    transformer = build_predictor("transformer", 6, 4, (1, 2, 2), (1, 2, 2), width=16)
+    gru = build_predictor("convgru", 6, 4, (1, 2, 2), (1, 2, 2), width=16)
+    assert isinstance(transformer, TransformerPredictor) and isinstance(gru, ConvGRUPredictor)
+    for network in (transformer, gru):
+        assert network(torch.randn(3, 6, 1, 2, 2)).shape == (3, 4, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build_video_network("r3d18"), r"'r3d18'; there are c3d, r3d26, r2plus1d26, r3d10"),
+        (lambda: build_predictor("lstm", 4, 4, (1, 2, 2), (1, 2, 2)), r"'lstm'; there are transformer, convgru"),
+        (
+            lambda: ResNet(BasicBlock, (1, 1, 1, 1), convolution="4d"),  # type: ignore[arg-type]
+            r"'4d'; use '3d', '2plus1d' or '2d'",
+        ),
+        (lambda: ResNet(BasicBlock, (1, 1, 1)), r"\(1, 1, 1\); give four"),
+        (lambda: ResNet(BasicBlock, (1, 0, 1, 1)), r"\(1, 0, 1, 1\); give four"),
+        (lambda: r3d10(width=2).pretrain_grid(4, 64, 64), r"4 frames leave 1 in layer 3.*multiple of 8"),
+        (lambda: r3d10(width=2).forward_pretrain(torch.empty(1, 3, 12, 64, 64)), r"12 frames leave 3 in layer 3"),
+        (lambda: r2d10(width=2).forward_pretrain(torch.empty(1, 3, 16, 64, 64)), r"2d network.*use forward"),
+        (lambda: C3D(width=2)(torch.empty(1, 3, 16, 15, 64)), r"16x15x64 is below 8x16x16"),
+        (lambda: Attention(8, 3, 0.0), r"width 8 cannot be split into 3 heads"),
+        (lambda: ConvGRUCell(4, 2), r"kernel is 2: choose an odd one"),
+        (lambda: small_transformer()(torch.zeros(1, 5, 2, 3, 2)), r"built for a map of \(2, 2, 3\).*\(2, 3, 2\)"),
+        (
+            lambda: ConvGRUPredictor(5, 4, (2, 2, 3), (1, 2, 3), width=4)(torch.zeros(1, 5, 1, 2, 3)),
+            r"built for a map of \(2, 2, 3\).*\(1, 2, 3\)",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,435 @@
+"""The objectives against equations (1) to (3) written out in plain Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from train.objectives import (
+    TILE_BYTES,
+    Loss,
+    context_matching,
+    joint,
+    motion_bins,
+    motion_classification,
+    motion_prediction,
+    motion_regression,
+    motion_targets,
+)
+
+Vectors = Sequence[Sequence[float]]
+seeds = st.integers(0, 2**32)
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def equation(queries: Vectors, keys: Vectors, temperature: float) -> float:
+    """Equations (1) and (2): query i belongs to key i; vectors of any length; floats only."""
+    total = 0.0
+    for i, query in enumerate(queries):
+        scores = [cosine(query, key) / temperature for key in keys]
+        highest = max(scores)
+        total -= scores[i] - highest - math.log(sum(math.exp(score - highest) for score in scores))
+    return total / len(queries)
+
+
+def equation_with_autograd(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """The same in torch, term by term, so that autograd differentiates the equation as it is printed."""
+    terms = []
+    for i, query in enumerate(queries):
+        scores = [(key @ query) / (key.norm() * query.norm()) / temperature for key in keys]
+        terms.append(scores[i] - torch.stack(scores).logsumexp(0))
+    return -torch.stack(terms).mean()
+
+
+def vectors(rows: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=dtype).requires_grad_()
+
+
+def context(inputs: Sequence[Tensor], temperature: float) -> Loss:
+    """Equation (1) of clips and I-frames of any length, since the cosines are to be differentiated as well."""
+    clips, iframes = (normalize(x, dim=1) for x in inputs)
+    return context_matching(clips, iframes, temperature)
+
+
+def motion(inputs: Sequence[Tensor], temperature: float, tile_bytes: int = TILE_BYTES) -> Loss:
+    """Equation (2) of predicted, positives and negatives of any length."""
+    predicted, positives, negatives = (normalize(x, dim=1) for x in inputs)
+    return motion_prediction(predicted, positives, negatives, temperature, tile_bytes)
+
+
+def plain(inputs: Sequence[Tensor], temperature: float) -> Tensor:
+    """Equation (2) as it is usually computed, with the whole matrix of logits."""
+    predicted, positives, negatives = (normalize(x, dim=1) for x in inputs)
+    logits = predicted @ torch.cat((positives, negatives)).T / temperature
+    return cross_entropy(logits, torch.arange(len(predicted)))
+
+
+def assert_equal(ours: Any, expected: Any) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+class Recorder(TorchDispatchMode):
+    """What torch was asked to do: the largest tensor made, multiplications in matrix products, names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.multiplications = 0, 0
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__
+        self.names.add(name)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.multiplications += a.shape[0] * a.shape[1] * b.shape[1]
+        return out
+
+
+# Equation (1)
+
+
+@settings(deadline=None, max_examples=25)
+@given(batch=st.integers(1, 6), width=st.integers(2, 5), temperature=st.sampled_from([0.07, 0.1, 1.0]), seed=seeds)
+def test_context_matching_is_equation_1(batch: int, width: int, temperature: float, seed: int) -> None:
+    clips, iframes = vectors(batch, width, seed), vectors(batch, width, seed + 1)
+    loss = context((clips, iframes), temperature)
+    assert loss.value.item() == pytest.approx(
+        equation(clips.tolist(), iframes.tolist(), temperature), rel=1e-9, abs=1e-11
+    )
+    ours = torch.autograd.grad(loss.value, (clips, iframes))
+    oracle = torch.autograd.grad(equation_with_autograd(clips, iframes, temperature), (clips, iframes))
+    torch.testing.assert_close(ours, oracle, rtol=1e-9, atol=1e-11)
+
+
+def test_context_matching_of_orthogonal_pairs_by_hand() -> None:
+    loss = context_matching(torch.eye(2), torch.eye(2), 0.5)
+    assert loss.value.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
+    assert loss.accuracy.item() == 1
+    assert context_matching(torch.eye(2), torch.eye(2).flip(0), 0.5).accuracy.item() == 0
+
+
+def test_context_matching_normalises_over_iframes_not_over_clips() -> None:
+    clips, iframes = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.eye(2)
+    # Both clips lie on the first I-frame: the sums over I-frames differ from the sums over clips.
+    expected = -(1 - math.log(math.e + 1) + 0 - math.log(math.e + 1)) / 2
+    assert context_matching(clips, iframes, 1.0).value.item() == pytest.approx(expected, rel=1e-6)
+    assert context_matching(clips, iframes, 1.0).accuracy.item() == 0.5
+
+
+def test_context_matching_ignores_autocast() -> None:
+    clips, iframes = vectors(8, 16, 0, torch.float32), vectors(8, 16, 1, torch.float32)
+    expected = context_matching(clips, iframes, 0.1).value
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (clips @ iframes.T).dtype == torch.bfloat16
+        assert_equal(context_matching(clips, iframes, 0.1).value, expected)
+        assert context_matching(clips.bfloat16(), iframes, 0.1).value.dtype == torch.float32
+
+
+# Equation (2)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    batch=st.integers(1, 3),
+    points=st.integers(1, 4),
+    negatives=st.integers(0, 7),
+    width=st.integers(2, 5),
+    temperature=st.sampled_from([0.05, 0.1, 1.0]),
+    tile_bytes=st.integers(1, 2000),
+    seed=seeds,
+)
+def test_motion_prediction_is_equation_2(
+    batch: int, points: int, negatives: int, width: int, temperature: float, tile_bytes: int, seed: int
+) -> None:
+    rows = batch * points
+    inputs = vectors(rows, width, seed), vectors(rows, width, seed + 1), vectors(negatives, width, seed + 2)
+    keys = torch.cat(inputs[1:])
+    loss = motion(inputs, temperature, tile_bytes)
+    assert loss.value.item() == pytest.approx(
+        equation(inputs[0].tolist(), keys.tolist(), temperature), rel=1e-9, abs=1e-11
+    )
+    # The factor stands for the loss scale: backward must pass it on.
+    ours = torch.autograd.grad(loss.value * 3, inputs)
+    oracle = torch.autograd.grad(equation_with_autograd(inputs[0], keys, temperature) * 3, inputs)
+    torch.testing.assert_close(ours, oracle, rtol=1e-9, atol=1e-11)
+    nearest = [max(range(len(keys)), key=lambda k: cosine(query, keys[k].tolist())) for query in inputs[0].tolist()]
+    assert loss.accuracy.item() == pytest.approx(sum(k == i for i, k in enumerate(nearest)) / rows)
+
+
+def test_gradients_match_finite_differences() -> None:
+    inputs = [vectors(6, 4, seed) for seed in (0, 1, 2)]
+    gradients = torch.autograd.grad(motion(inputs, 0.2, 300).value, inputs)
+    step = 1e-5
+    for which, gradient in enumerate(gradients):
+        for row, column in ((0, 0), (3, 2), (5, 3)):
+            values = []
+            for sign in (1, -1):
+                moved = [x.tolist() for x in inputs]
+                moved[which][row][column] += sign * step
+                values.append(equation(moved[0], moved[1] + moved[2], 0.2))
+            assert gradient[row, column].item() == pytest.approx(
+                (values[0] - values[1]) / (2 * step), rel=1e-6, abs=1e-9
+            )
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 8 * 9 * 2, 2**20])
+def test_gradcheck(tile_bytes: int) -> None:
+    inputs = tuple(vectors(rows, 3, seed) for seed, rows in enumerate((5, 5, 4)))
+    assert torch.autograd.gradcheck(lambda a, b, c: motion_prediction(a, b, c, 0.5, tile_bytes).value, inputs)
+    assert torch.autograd.gradcheck(lambda a, b: context_matching(a, b, 0.5).value, inputs[:2])
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 40), negatives=st.integers(0, 40), tile_bytes=st.integers(1, 40 * 80 * 4))
+def test_tile_size_changes_nothing(rows: int, negatives: int, tile_bytes: int) -> None:
+    inputs = [vectors(n, 8, seed, torch.float32) for seed, n in enumerate((rows, rows, negatives))]
+    whole, tiled = (motion(inputs, 0.1, size) for size in (2**30, tile_bytes))
+    torch.testing.assert_close(tiled, whole, rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(
+        torch.autograd.grad(tiled.value, inputs), torch.autograd.grad(whole.value, inputs), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("noise", [10.0, 0.1], ids=["early in training", "positives found"])
+def test_float32_is_as_exact_as_the_plain_form(noise: float) -> None:
+    positives, negatives = vectors(400, 64, 0, torch.float32), vectors(900, 64, 1, torch.float32)
+    predicted = (positives + noise * vectors(400, 64, 2, torch.float32)).detach().requires_grad_()
+    inputs = [predicted, positives, negatives]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact, tiled = plain(exact_inputs, 0.1), motion(inputs, 0.1, 100_000).value
+    assert tiled.dtype == torch.float32
+    assert tiled.item() == pytest.approx(exact.item(), rel=1e-6, abs=1e-6)
+    for ours, usual, gradient in zip(
+        torch.autograd.grad(tiled, inputs),
+        torch.autograd.grad(plain(inputs, 0.1), inputs),
+        torch.autograd.grad(exact, exact_inputs),
+        strict=True,
+    ):
+        assert (ours - gradient).norm() <= 2 * (usual - gradient).norm() + 1e-7 * gradient.norm()
+
+
+def test_cold_temperature_neither_overflows_nor_vanishes() -> None:
+    inputs = [vectors(6, 4, seed, torch.float32) for seed in (0, 1, 2)]
+    loss = motion(inputs, 1e-3).value
+    expected = equation(inputs[0].tolist(), inputs[1].tolist() + inputs[2].tolist(), 1e-3)
+    assert expected > 100  # the positives' probabilities are far below the smallest float32
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(loss, inputs))
+
+
+def test_negatives_count() -> None:
+    predicted, positives, negatives = vectors(6, 4, 0), vectors(6, 4, 1), vectors(9, 4, 2)
+    values = [motion((predicted, positives, negatives[:n]), 0.1).value.item() for n in range(10)]
+    assert all(fewer < more for fewer, more in pairwise(values))  # every further key adds to every row's sum
+
+
+def test_motion_accuracy_on_constructed_points() -> None:
+    points = torch.eye(8)
+    predicted = points[[0, 1, 2, 0, 6]]  # three find their own, one another row's positive, one a negative
+    loss = motion_prediction(predicted, points[:5], points[5:], 0.1, tile_bytes=2 * 8 * 4)
+    assert loss.accuracy.item() == pytest.approx(3 / 5)
+    assert not loss.accuracy.requires_grad
+    assert motion_prediction(points[:5], points[:5], points[5:], 0.1).accuracy.item() == 1
+
+
+def test_collapsed_embeddings_score_chance() -> None:
+    same = torch.tensor([[1.0, 0.0]]).expand(6, 2)
+    loss = motion_prediction(same, same, same, 0.1)
+    assert loss.value.item() == pytest.approx(math.log(12), rel=1e-6)
+    assert loss.accuracy.item() <= 1 / 6 + 1e-6
+    assert context_matching(same, same, 0.1).accuracy.item() <= 1 / 6 + 1e-6
+
+
+def test_motion_prediction_ignores_autocast_and_raises_half_precision() -> None:
+    a, b, c = (vectors(rows, 16, seed, torch.float32) for seed, rows in enumerate((10, 10, 20)))
+    half = [x.detach().bfloat16().requires_grad_() for x in (a, b, c)]
+    expected = motion_prediction(a, b, c, 1.0).value
+    raised = motion_prediction(half[0].float(), half[1].float(), half[2].float(), 1.0).value
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(motion_prediction(a, b, c, 1.0).value, expected)
+        loss = motion_prediction(half[0], half[1], half[2], 1.0).value
+        assert_equal(loss, raised)
+    assert all(x.dtype == torch.bfloat16 for x in torch.autograd.grad(loss, half))
+
+
+def test_backward_can_be_repeated() -> None:
+    inputs = [vectors(5, 4, seed) for seed in (0, 1, 2)]
+    loss = motion(inputs, 0.1).value
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert_equal(torch.autograd.grad(loss, inputs), first)
+
+
+# What equation (2) costs
+
+
+def test_the_matrix_of_logits_never_exists() -> None:
+    inputs = [vectors(rows, 4, rows, torch.float32) for rows in (600, 600, 1200)]
+    tile_bytes = 64 * 1024
+    with Recorder() as tiled:
+        motion(inputs, 0.1, tile_bytes).value.backward()
+    assert tiled.largest <= max(tile_bytes // 4, 1800 * 4)
+    with Recorder() as usual:
+        plain(inputs, 0.1).backward()
+    assert usual.largest == 600 * 1800  # the recorder does see such a matrix
+
+
+@pytest.mark.parametrize("tile_bytes", [1000, 20_000, 2**20])
+def test_products_are_those_of_the_plain_form(tile_bytes: int) -> None:
+    one = 30 * 70 * 8
+
+    def products(*needed: int, enabled: bool = True) -> int:
+        inputs = [x.detach().requires_grad_(i in needed) for i, x in enumerate((a, b, c))]
+        with Recorder() as recorder, torch.set_grad_enabled(enabled):
+            loss = motion(inputs, 0.1, tile_bytes).value
+            if loss.requires_grad:
+                loss.backward()
+        return recorder.multiplications
+
+    a, b, c = vectors(30, 8, 0), vectors(30, 8, 1), vectors(40, 8, 2)
+    with Recorder() as usual:
+        plain((a, b, c), 0.1).backward()
+    assert products(0, 1, 2) == usual.multiplications == 3 * one
+    assert products(0) == products(2) == 2 * one
+    assert products() == products(0, 1, 2, enabled=False) == one
+
+
+def test_nothing_waits_for_the_device() -> None:
+    waits = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"}
+    inputs = [vectors(rows, 4, rows) for rows in (6, 6, 9)]
+    with Recorder() as recorder:
+        loss = motion(inputs, 0.1, 100)
+        joint(context(inputs[:2], 0.1).value, loss.value, 0.5, 2.0).backward()
+    assert not recorder.names & waits
+    with Recorder() as recorder:
+        loss.accuracy.item()
+    assert recorder.names & waits  # the recorder does see one
+
+
+# Table 1's two other losses
+
+
+def test_motion_targets_are_block_means_in_the_order_of_the_points() -> None:
+    maps = torch.randn(2, 2, 4, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = motion_targets(maps, (2, 3, 3))
+    assert targets.shape == (2 * 2 * 3 * 3, 2)
+    row = 0
+    for video in range(2):
+        for t in range(2):
+            for y in range(3):
+                for x in range(3):
+                    for component in range(2):
+                        block = maps[video, component, 2 * t : 2 * t + 2, 2 * y : 2 * y + 2, 3 * x : 3 * x + 3]
+                        expected = sum(block.flatten().tolist()) / block.numel()
+                        assert targets[row, component].item() == pytest.approx(expected, abs=1e-12)
+                    row += 1
+
+
+@settings(deadline=None)
+@given(value=st.floats(-1, 1, width=32), bins=st.integers(2, 64))
+def test_bins_are_of_equal_width(value: float, bins: int) -> None:
+    number = int(motion_bins(torch.tensor([[value, -1.0]]), bins)[0, 0])
+    assert 0 <= number < bins
+    assert -1 + 2 * number / bins - 1e-5 <= value <= -1 + 2 * (number + 1) / bins + 1e-5
+
+
+def test_bins_at_the_borders() -> None:
+    values = torch.tensor([-3.0, -1.0, -0.34, -0.3, 0.0, 0.3, 0.34, 1.0, 3.0])
+    assert motion_bins(values, 3).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert motion_bins(values, 3).dtype == torch.int64
+
+
+def test_motion_regression_is_the_mean_square() -> None:
+    predicted, target = vectors(5, 2, 0), vectors(5, 2, 1).detach()
+    loss = motion_regression(predicted, target)
+    pairs = list(zip(predicted.flatten().tolist(), target.flatten().tolist(), strict=True))
+    assert loss.value.item() == pytest.approx(sum((a - b) ** 2 for a, b in pairs) / 10)
+    torch.testing.assert_close(torch.autograd.grad(loss.value, predicted)[0], (predicted - target) / 5)
+    assert loss.accuracy.isnan() and not loss.accuracy.requires_grad
+
+
+def test_motion_classification_takes_dx_before_dy() -> None:
+    logits, target = vectors(4, 6, 0), torch.tensor([[-1.0, 0.0], [0.0, 1.0], [1.0, -1.0], [0.2, -0.2]])
+    classes = [[0, 1], [1, 2], [2, 0], [1, 1]]
+    expected, hits = 0.0, 0
+    for row, own in zip(logits.tolist(), classes, strict=True):
+        for scores, number in ((row[:3], own[0]), (row[3:], own[1])):
+            expected += math.log(sum(math.exp(score) for score in scores)) - scores[number]
+            hits += max(scores) == scores[number]
+    loss = motion_classification(logits, target)
+    assert loss.value.item() == pytest.approx(expected / 8)
+    assert loss.accuracy.item() == pytest.approx(hits / 8)
+    assert 0 < hits < 8
+
+
+# Equation (3)
+
+
+def test_joint_is_equation_3_scaled() -> None:
+    context, motion = torch.tensor(3.0), torch.tensor(5.0)
+    assert joint(context, motion, 0.25, 2.0).item() == pytest.approx(2 * (0.75 * 3 + 0.25 * 5))
+    assert joint(context, motion, 0.5, 2.0).item() == pytest.approx(3 + 5)  # the released sum
+    assert joint(context, motion, 0.0, 1.0).item() == 3
+    assert joint(context, motion, 1.0, 1.0).item() == 5
+    for alpha in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=str(alpha)):
+            joint(context, motion, alpha, 1.0)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("shapes", "temperature", "message"),
+    [
+        (((4, 3), (5, 3), (0, 3)), 0.1, r"\(4, 3\) and \(5, 3\)"),
+        (((4, 3), (4, 2), (0, 3)), 0.1, r"\(4, 3\) and \(4, 2\)"),
+        (((0, 3), (0, 3), (4, 3)), 0.1, "one row or more"),
+        (((2, 2, 3), (2, 2, 3), (0, 3)), 0.1, "must be"),
+        (((4, 3), (4, 3), (2, 2)), 0.1, r"\(2, 2\)"),
+        (((4, 3), (4, 3), (2, 2, 3)), 0.1, r"\(2, 2, 3\)"),
+        (((4, 3), (4, 3), (0, 3)), 0.0, "positive"),
+        (((4, 3), (4, 3), (0, 3)), math.nan, "positive"),
+    ],
+)
+def test_embeddings_that_cannot_be_matched(shapes: Sequence[tuple[int, ...]], temperature: float, message: str) -> None:
+    predicted, positives, negatives = (torch.ones(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        motion_prediction(predicted, positives, negatives, temperature)
+
+
+def test_clips_and_iframes_that_cannot_be_matched() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(2, 3\)"):
+        context_matching(torch.ones(4, 3), torch.ones(2, 3), 0.1)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        context_matching(torch.ones(4, 3), torch.ones(4, 3), -1)
+
+
+def test_targets_that_cannot_be_used() -> None:
+    with pytest.raises(ValueError, match="coarser"):
+        motion_targets(torch.zeros(1, 2, 4, 8, 8), (1, 9, 8))
+    with pytest.raises(ValueError, match=r"\(1, 3, 4, 8, 8\)"):
+        motion_targets(torch.zeros(1, 3, 4, 8, 8), (1, 4, 4))
+    with pytest.raises(ValueError, match="targets"):
+        motion_regression(torch.zeros(4, 2), torch.zeros(4, 1))
+    for shape in ((4, 7), (4, 2), (5, 6)):
+        with pytest.raises(ValueError, match="bins"):
+            motion_classification(torch.zeros(shape), torch.zeros(4, 2))

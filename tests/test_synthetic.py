@@ -1,0 +1,387 @@
+"""The embedded scenes: crossed in equal numbers, no motion in a single frame, true motion in two, files that decode."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocess import synthetic
+from preprocess.manifest import Manifest
+from preprocess.synthetic import CONTEXTS, MOTIONS, Scene, Scenes, render, sprites, track, write
+
+SMALL = Scenes(
+    train=36, test=36, frames=13, width=64, height=48, sprite_size=(16, 24), sprite_wavelength=(6, 9), radius=(8, 12)
+)
+HEADINGS = {"rightward": (1, 0), "leftward": (-1, 0), "upward": (0, -1), "downward": (0, 1)}  # as seen; y points down
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    return image.astype(np.float64).mean(-1)
+
+
+def seen_displacement(before: np.ndarray, after: np.ndarray, reach: int = 9) -> np.ndarray:
+    """The whole-pixel shift that explains best what changed between two frames: x, y."""
+    before, after = grey(before), grey(after)
+    rows, columns = np.nonzero(np.abs(after - before) > 12)
+    height, width = after.shape
+    best = (math.inf, 0, 0)
+    for dy in range(-reach, reach + 1):
+        for dx in range(-reach, reach + 1):
+            moved = before[(rows - dy) % height, (columns - dx) % width]
+            best = min(best, (float(np.abs(after[rows, columns] - moved).mean()), dx, dy))
+    return np.array(best[1:])
+
+
+def sample(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Bilinear, wrapped around the edges."""
+    height, width = image.shape[:2]
+    x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
+    total = np.zeros((*x.shape, image.shape[2]))
+    for dx in (0, 1):
+        for dy in (0, 1):
+            weight = np.abs(1 - dx - (x - x0)) * np.abs(1 - dy - (y - y0))
+            total += weight[..., None] * image[(y0 + dy) % height, (x0 + dx) % width]
+    return total
+
+
+def from_sprites(scene: Scene, frame: int) -> np.ndarray:
+    """How far each pixel is from the nearest sprite's centre, around the edges: (H, W)."""
+    width, height = scene.scenes.width, scene.scenes.height
+    away = []
+    for x, y in track(scene)[frame]:
+        across = (np.arange(width) - x + width / 2) % width - width / 2
+        down = (np.arange(height) - y + height / 2) % height - height / 2
+        away.append(np.hypot(across, down[:, None]))
+    return np.min(away, axis=0)
+
+
+def decode(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# --- crossed -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_crosses_contexts_and_motions_in_equal_numbers() -> None:
+    specs = Scenes().specs()
+    assert [scene.subset for scene in specs] == ["train"] * 288 + ["test"] * 360
+    for subset, each in (("train", 8), ("test", 10)):
+        cells = Counter((scene.context, scene.motion) for scene in specs if scene.subset == subset)
+        assert cells == {(context, motion): each for context in CONTEXTS for motion in MOTIONS}
+    assert len({scene.path for scene in specs}) == len(specs)
+    assert all(scene.label == f"{scene.context}/{scene.motion}" for scene in specs)
+    assert all(scene.path.startswith(f"videos/{scene.context}-{scene.motion}/scene_") for scene in specs)
+
+
+@given(contexts=st.integers(1, 6), motions=st.integers(1, 6), train=st.integers(0, 4), test=st.integers(0, 4))
+def test_any_size_is_balanced(contexts: int, motions: int, train: int, test: int) -> None:
+    cells = contexts * motions
+    specs = replace(SMALL, contexts=contexts, motions=motions, train=train * cells, test=test * cells).specs()
+    for subset, each in (("train", train), ("test", test)):
+        counts = Counter((scene.context, scene.motion) for scene in specs if scene.subset == subset)
+        assert set(counts.values()) <= {each} and len(counts) == (cells if each else 0)
+
+
+def test_pixels_are_a_function_of_seed_subset_and_index() -> None:
+    first = SMALL.specs()[7]
+    pixels = render(first)
+    assert pixels.shape == (13, 48, 64, 3) and pixels.dtype == np.uint8
+    assert np.array_equal(pixels, render(first))
+    assert np.array_equal(pixels, render(replace(first, scenes=replace(SMALL, train=72, test=0))))
+    for other in (
+        replace(first, index=43),
+        replace(first, subset="test"),
+        replace(first, scenes=replace(SMALL, seed=1)),
+    ):
+        assert not np.array_equal(pixels[0], render(other)[0])
+
+
+# --- nothing gives the motion away -----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None)
+@given(index=st.integers(0, 10_000), context=st.sampled_from(list(CONTEXTS)))
+def test_the_first_frame_is_the_same_whatever_the_motion(index: int, context: str) -> None:
+    firsts = [render(Scene(replace(SMALL, frames=2), "train", index, context, motion))[0] for motion in MOTIONS]
+    assert all(np.array_equal(first, firsts[0]) for first in firsts)
+
+
+@settings(max_examples=10, deadline=None)
+@given(index=st.integers(0, 10_000), motion=st.sampled_from(list(MOTIONS)))
+def test_sprites_and_their_way_are_the_same_whatever_the_context(index: int, motion: str) -> None:
+    scenes = [Scene(SMALL, "test", index, context, motion) for context in CONTEXTS]
+    assert all(np.array_equal(track(scene), track(scenes[0])) for scene in scenes)
+    frames = [render(scene)[-1] for scene in scenes]
+    inside = from_sprites(scenes[0], -1) < 4
+    assert inside.sum() > 40
+    assert all(np.array_equal(frame[inside], frames[0][inside]) for frame in frames)
+    assert not np.array_equal(frames[0], frames[1])
+
+
+def classified(features: np.ndarray, classes: np.ndarray, train: np.ndarray) -> list[float]:
+    """The accuracy on the rest of a nearest-centroid, a ridge and a nearest-neighbour classifier."""
+    features = (features - features[train].mean(0)) / features[train].std(0)
+    names = np.unique(classes)
+    centroids = np.stack([features[train & (classes == name)].mean(0) for name in names])
+    nearest = ((features[~train, None] - centroids) ** 2).sum(-1).argmin(1)
+    known, targets = features[train], (classes[train, None] == names) - 1 / len(names)
+    ridge = known.T @ np.linalg.solve(known @ known.T + 100 * np.eye(len(known)), targets)
+    neighbour = ((features[~train, None] - known) ** 2).sum(-1).argmin(1)
+    found = (names[nearest], names[(features[~train] @ ridge).argmax(1)], classes[train][neighbour])
+    return [float((guess == classes[~train]).mean()) for guess in found]
+
+
+def test_one_frame_does_not_tell_the_motion() -> None:
+    specs = replace(SMALL, train=288, test=288).specs()
+    late = np.stack([render(scene)[-1] for scene in specs])
+    small = grey(late.reshape(len(specs), 12, 4, 16, 4, 3).mean((2, 4))[..., None, :]).reshape(len(specs), -1)
+    colour = late.reshape(len(specs), -1, 3).astype(float)
+    features = np.concatenate([small, colour.mean(1), colour.std(1)], axis=1)
+    train = np.array([scene.subset == "train" for scene in specs])
+    # Chance is 1/6 of 288; four standard deviations of a binomial, of which three classifiers see 1 in 10,000.
+    bound = 1 / 6 + 4 * math.sqrt(1 / 6 * 5 / 6 / 288)
+    motions = classified(features, np.array([scene.motion for scene in specs]), train)
+    assert max(motions) < bound
+    # The same classifiers on the same features do tell the context, hence can tell something.
+    contexts = classified(features, np.array([scene.context for scene in specs]), train)
+    assert min(contexts) > 0.4 > bound
+
+
+@pytest.mark.parametrize("frame", [0, 30, 71])
+def test_sprites_are_equally_likely_everywhere_in_every_frame(frame: int) -> None:
+    scenes = Scenes()
+    for motion in MOTIONS:
+        places = [track(Scene(scenes, "train", index, "dunes", motion))[frame] for index in range(600)]
+        for sprite in range(scenes.sprites):
+            x, y = (np.stack(places)[:, sprite] / (scenes.width, scenes.height) % 1).T
+            counts = np.histogram2d(x, y, bins=4, range=((0, 1), (0, 1)))[0]
+            # Chi-square with 15 degrees of freedom: 44.3 is exceeded once in 10,000.
+            assert ((counts - 37.5) ** 2 / 37.5).sum() < 44.3
+
+
+# --- the motion is what the label says -------------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 99),
+    index=st.integers(0, 9999),
+    motion=st.sampled_from(list(MOTIONS)),
+    sprites=st.integers(1, 3),
+)
+def test_steps_are_even_and_turn_as_the_motion_says(seed: int, index: int, motion: str, sprites: int) -> None:
+    scenes = Scenes(seed=seed, sprites=sprites)
+    steps = np.diff(track(Scene(scenes, "test", index, "grove", motion)), axis=0)  # (T - 1, N, 2)
+    assert steps.shape == (71, sprites, 2)
+    assert np.allclose(steps, steps[:, :1], atol=1e-9)  # all move alike
+    steps = steps[:, 0]
+    length = np.hypot(*steps.T)
+    assert np.allclose(length, length[0]) and 2 <= length[0] <= 4
+    turned = np.arctan2(
+        steps[:-1, 0] * steps[1:, 1] - steps[:-1, 1] * steps[1:, 0], (steps[:-1] * steps[1:]).sum(1)
+    )  # > 0: from right to down, clockwise as seen
+    if motion in HEADINGS:
+        assert np.allclose(turned, 0)
+        assert steps[0] @ HEADINGS[motion] >= length[0] * math.cos(math.radians(10.001))
+    else:
+        assert np.allclose(turned, turned[0]) and (turned[0] > 0) == (motion == "clockwise")
+        assert 16 <= length[0] / abs(turned[0]) <= 24
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_the_pixels_move_as_labelled(motion: str) -> None:
+    """Read off the pixels alone, without the track."""
+    for number, context in enumerate(CONTEXTS):
+        frames = render(Scene(Scenes(frames=23), "train", number, context, motion))
+        steps = np.stack([seen_displacement(frames[t], frames[t + 2]) for t in (0, 5, 10, 15, 20)]) / 2
+        assert all(1.4 < np.hypot(*step) < 4.6 for step in steps)
+        if motion in HEADINGS:
+            # 10 degrees of jitter and the rounding of shifts to whole pixels
+            assert all(step @ HEADINGS[motion] > 0.9 * np.hypot(*step) for step in steps)
+        else:
+            turns = steps[:-1, 0] * steps[1:, 1] - steps[:-1, 1] * steps[1:, 0]
+            assert np.all((turns > 0) == (motion == "clockwise"))
+
+
+def test_frames_match_inside_a_sprite_after_the_nominal_shift() -> None:
+    offsets = np.stack(np.meshgrid(np.arange(-14, 15), np.arange(-14, 15)))
+    for scene in Scenes(frames=12).specs()[:36:5]:
+        frames, places = render(scene), track(scene)[:, -1]  # the last sprite lies on top
+        for t in range(11):
+            here, there = (
+                sample(frames[s], x + offsets[0], y + offsets[1])
+                for s, (x, y) in ((t, places[t]), (t + 1, places[t + 1]))
+            )
+            still = sample(frames[t + 1], places[t, 0] + offsets[0], places[t, 1] + offsets[1])
+            assert np.abs(here - there).mean() < 3
+            assert np.abs(here - there).mean() < 0.25 * np.abs(here - still).mean()
+
+
+def test_only_sprites_move() -> None:
+    scene = SMALL.specs()[0]
+    frames = render(scene)
+    away = np.min([from_sprites(scene, t) for t in range(SMALL.frames)], axis=0) > max(SMALL.sprite_size) / 2 + 2
+    assert away.sum() > 50
+    assert np.all(frames[:, away] == frames[0, away])
+    assert np.array_equal(frames[0, away], render(replace(scene, scenes=replace(SMALL, sprites=0)))[0, away])
+
+
+def test_a_drifting_camera_moves_the_background_alone() -> None:
+    seen = set()
+    for index in range(4):
+        scene = Scene(replace(SMALL, sprites=0, camera_drift=1.0), "train", index, "gravel", "upward")
+        frames = render(scene)
+        half, whole = (seen_displacement(frames[0], frames[t], reach=13) for t in (6, 12))
+        assert 0 < np.hypot(*whole) < 13 and np.abs(whole - 2 * half).max() <= 2
+        seen.add(tuple(whole))
+        with_sprites = replace(scene, scenes=replace(scene.scenes, sprites=2))
+        assert np.array_equal(track(with_sprites), track(replace(with_sprites, scenes=SMALL)))
+    assert len(seen) == 4
+
+
+def test_an_mpeg4_encoder_finds_the_motion(tmp_path: Path) -> None:
+    right = total = 0
+    for scene in Scenes(frames=12).specs()[:36:7]:  # one of each context and motion
+        synthetic.encode(tmp_path / "scene.mp4", render(scene), codec="mpeg4")
+        steps = np.diff(track(scene), axis=0)
+        with av.open(str(tmp_path / "scene.mp4")) as container:
+            container.streams.video[0].codec_context.options = {"flags2": "+export_mvs"}
+            for t, frame in enumerate(container.decode(video=0)):
+                side_data = frame.side_data.get("MOTION_VECTORS")
+                if side_data is None:
+                    continue
+                away = from_sprites(scene, t)
+                for vector in side_data.to_ndarray():
+                    x, y = int(vector["dst_x"]), int(vector["dst_y"])
+                    if 16 < x < 160 and 16 < y < 128 and away[y - 8 : y + 8, x - 8 : x + 8].max() < 24:
+                        found = -np.array([vector["motion_x"], vector["motion_y"]]) / vector["motion_scale"]
+                        right += np.hypot(*(found - steps[t - 1, 0])) < 1
+                        total += 1
+    assert total > 200 and right / total > 0.95
+
+
+# --- sprites ---------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(index=st.integers(0, 9999), size=st.floats(8, 40), saturation=st.floats(0, 1))
+def test_sprites_are_whole_and_as_large_as_asked(index: int, size: float, saturation: float) -> None:
+    scenes = replace(SMALL, sprite_size=(size, size), sprite_saturation=saturation)
+    for sprite in sprites(Scene(scenes, "train", index, "dunes", "upward")):
+        colour, clear = sprite[..., :3], sprite[..., 3]
+        border = np.ones(clear.shape, bool)
+        border[1:-1, 1:-1] = False
+        assert np.all(clear[border] == 1) and np.all(colour[border] == 0)
+        assert colour.min() >= 0 and colour.max() <= 255 and clear.min() == 0
+        for axis in (0, 1):
+            assert 0.7 * size < (clear.min(axis) < 0.5).sum() <= size + 1
+        if saturation == 0:
+            assert np.ptp(colour, axis=2).max() < 1e-3
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------
+
+
+def test_files_hold_the_scenes_whatever_the_number_of_workers(tmp_path: Path) -> None:
+    scenes = replace(SMALL, contexts=2, motions=2, train=4, test=4)
+    manifest = write(tmp_path / "one", scenes)
+    assert write(tmp_path / "two", scenes, workers=2) == manifest == Manifest.read(tmp_path / "one" / "manifest.csv")
+    files = digests(tmp_path / "one")
+    assert files == digests(tmp_path / "two")
+    assert set(files) == {*manifest.paths, "manifest.csv", "scenes.json"}
+    assert manifest.subsets == ("train",) * 4 + ("test",) * 4
+    assert manifest.classes == ("dunes/leftward", "dunes/rightward", "meadow/leftward", "meadow/rightward")
+    for scene, path, label in zip(scenes.specs(), manifest.paths, manifest.labels):
+        frames = decode(tmp_path / "one" / path)
+        assert frames.shape == (13, 48, 64, 3)
+        assert label.replace("/", "-") == Path(path).parent.name
+        assert np.abs(grey(frames) - grey(render(scene))).mean() < 3
+    with av.open(str(tmp_path / "one" / manifest.paths[0])) as container:
+        assert container.streams.video[0].average_rate == 25
+
+
+def test_writing_again_finishes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+    scenes = replace(SMALL, contexts=2, motions=1, train=2, test=2)
+    manifest = write(tmp_path, scenes)
+    whole = digests(tmp_path)
+    times = {path: (tmp_path / path).stat().st_mtime_ns for path in whole}
+    assert write(tmp_path, scenes) == manifest
+    assert {path: (tmp_path / path).stat().st_mtime_ns for path in whole} == times
+    (tmp_path / manifest.paths[2]).unlink()
+    (tmp_path / "manifest.csv").unlink()
+    write(tmp_path, scenes)
+    assert digests(tmp_path) == whole
+    again = {path for path in whole if (tmp_path / path).stat().st_mtime_ns != times[path]}
+    assert again == {manifest.paths[2], "manifest.csv"}
+
+
+def test_a_failing_encoder_leaves_no_partial_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(path: Path, frames: np.ndarray) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(synthetic, "encode", half)
+    scenes = replace(SMALL, contexts=1, motions=1, train=1, test=1)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path, scenes)
+    assert set(digests(tmp_path)) == {"scenes.json"}
+    monkeypatch.undo()
+    assert len(decode(tmp_path / write(tmp_path, scenes).paths[0])) == 13
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    scenes = replace(SMALL, contexts=1, motions=1, train=1, test=1)
+    write(tmp_path, scenes)
+    before = digests(tmp_path)
+    with pytest.raises(ValueError, match=r"seed is 0 there, 5 here; speed is \[2\.0, 4\.0\] there, \[1, 2\] here"):
+        write(tmp_path, replace(scenes, seed=5, speed=(1, 2)))
+    assert digests(tmp_path) == before
+    for damaged in ("{", "[]"):
+        (tmp_path / "scenes.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"scenes\.json"):
+            write(tmp_path, scenes)
+    (tmp_path / "scenes.json").unlink()
+    with pytest.raises(ValueError, match=r"no scenes\.json"):
+        write(tmp_path, scenes)
+    before.pop("scenes.json")
+    assert digests(tmp_path) == before
+
+
+def test_mpeg4_stands_in_for_h264(tmp_path: Path) -> None:
+    frames = render(SMALL.specs()[3])
+    synthetic.encode(tmp_path / "scene.mp4", frames, codec="mpeg4")
+    back = decode(tmp_path / "scene.mp4")
+    assert back.shape == frames.shape and np.abs(grey(back) - grey(frames)).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"contexts": 7}, "contexts is 7, but must be 1 to 6: dunes"),
+        ({"motions": 0}, "motions is 0, but must be 1 to 6: rightward"),
+        ({"train": 100}, "train is 100, but must be a multiple of 36 .* 108 would do"),
+        ({"test": -36}, "test is -36"),
+        ({"frames": 0}, "0 frames of 176 x 144"),
+        ({"width": 175}, "even width"),
+        ({"sprite_size": (100, 150)}, "at most 140"),
+        ({"sprite_size": (70, 60)}, r"size \(70, 60\)"),
+        ({"sprites": -1}, "-1 sprites"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Scenes(**change)

@@ -1,0 +1,87 @@
+"""Stage 2: shards -> weights (GPU or CPU; no video library).
+
+    python -m train pretrain-ucf101-c3d --shards shards/ucf101 --manifest data_manifests/ucf101_split1.csv --out runs/c3d
+    python -m train --list
+
+The first pretrains C3D on UCF101's training split as the paper does; the second lists the recipes. The same command
+goes on where a run was interrupted. torchrun spreads it over GPUs and machines.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from train.config import Config, Runtime
+
+DONE, ERROR, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+@dataclass(frozen=True)
+class Arguments:
+    shards: Path
+    """Folder of shards that stage 1 made."""
+    manifest: Path
+    """CSV whose rows to train on."""
+    out: Path
+    """Folder of the run: run.json, metrics.jsonl, checkpoint.pt."""
+    subset: str = "train"
+    """Rows of the manifest to use; 'all' takes every row."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    runtime: Annotated[Runtime, tyro.conf.arg(name="")] = field(default_factory=Runtime)
+
+
+def list_recipes() -> None:
+    from train.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        c = recipe()
+        print(f"{name}\n    {inspect.getdoc(recipe)}\n    batch {c.batch_size}, {c.epochs} epochs, {c.size}x{c.size}")
+
+
+def main(argv: list[str]) -> int:
+    from train.recipes import RECIPES
+
+    if argv[:1] == ["--list"]:
+        list_recipes()
+        return DONE
+    if not argv or argv[0] not in RECIPES:
+        print(__doc__, file=sys.stderr)
+        print(f"recipes: {', '.join(RECIPES)}\npython -m train RECIPE --help shows every setting", file=sys.stderr)
+        if argv and argv[0] not in ("-h", "--help"):
+            print(f"error: no recipe is called {argv[0]!r}", file=sys.stderr)
+        return DONE if argv and argv[0] in ("-h", "--help") else USAGE
+    recipe = RECIPES[argv[0]]
+    missing = tyro.MISSING
+    default = Arguments(shards=missing, manifest=missing, out=missing, config=recipe())
+    try:
+        a = tyro.cli(
+            Arguments, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.__doc__
+        )
+        from preprocess.manifest import Manifest
+        from train.loop import Terminated, train
+
+        rows = Manifest.read(a.manifest)
+        if a.subset != "all":
+            rows = rows.subset(a.subset)
+        try:
+            train(a.config, a.runtime, a.shards, rows, a.out, argv[0])
+        except Terminated as stop:
+            print(f"terminated: {stop}", file=sys.stderr)
+            return TERMINATED
+        return DONE
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,173 @@
+"""Augmentation of whole batches on the device: crop, flip and resample, then colours. Nothing is drawn here.
+
+Every number comes with the batch (`train.draws` draws it a sample), so results do not depend on the device's generator,
+and a sample's result does not depend on its neighbours. No operation waits for the device.
+
+Legend: B batch, T frames, W motion maps, h x w a stored frame, S the crop's side, rows x cols the motion grid.
+Boxes are (x0, y0, x1, y1) in fractions of the frame, float32 (B, 4); flips bool (B,), mirroring left and right inside
+the box. A clip and a motion window with the same box and flip stay aligned: the content of crop pixel (x, y) came from
+(x - dx, y - dy) of the previous frame's crop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from kornia.color import rgb_to_grayscale
+from kornia.enhance import (
+    adjust_brightness_accumulative,
+    adjust_contrast_with_mean_subtraction,
+    adjust_hue,
+    adjust_saturation_with_gray_subtraction,
+)
+from kornia.filters import filter2d_separable, get_gaussian_kernel1d
+from torch import Tensor
+
+from preprocess.shards import INTRA, MACROBLOCK, QUARTERS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def crop(frames: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Cut one box out of all frames of a clip and resample it, bilinear, to a square.
+
+    frames uint8 (B, T, h, w, 3) -> float32 (B, 3, T, size, size), RGB in [0, 1]. The centre of output column i, at
+    (i + 0.5) / size of the box, takes the frame's value there; beyond the outermost pixel centres the edge continues.
+    """
+    b, t, h, w, _ = frames.shape
+    planes = frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)  # (B, 3, T, h, w)
+    out = _resample(planes.view(b, 3 * t, h, w), _positions(box, flip, size))
+    return (out / 255).view(b, 3, t, size, size)
+
+
+def crop_motion(
+    motion: Tensor, box: Tensor, flip: Tensor, size: int, width: int, height: int, limit: float = 10.0
+) -> Tensor:
+    """Cut one box out of all maps of a motion window and resample it, bilinear, to a square.
+
+    motion int16 (B, W, rows, cols, 2) as stored: quarter pixels of the encoded frame of `width` x `height`, one vector
+    a 16x16 macroblock, `INTRA` where there is none (read as zero; `crop_mask` tells them apart). Returns float32
+    (B, 2, W, size, size): (dx, dy) in pixels of the crop, dx negated where flipped, clamped to +-limit, over limit.
+    """
+    b, w, rows, cols, _ = motion.shape
+    vectors = motion.masked_fill(motion == INTRA, 0).permute(0, 4, 1, 2, 3)  # (B, 2, W, rows, cols)
+    planes = vectors.to(torch.float32, memory_format=torch.contiguous_format).view(b, 2 * w, rows, cols)
+    out = _resample(planes, _positions(box, flip, size, *_grid_share(width, height, rows, cols)))
+    zoom_x = size / ((box[:, 2] - box[:, 0]) * width)
+    zoom_y = size / ((box[:, 3] - box[:, 1]) * height)
+    zoom = torch.stack([torch.where(flip, -zoom_x, zoom_x), zoom_y], 1) / QUARTERS  # (B, 2)
+    pixels = out.view(b, 2, w, size, size) * zoom.view(b, 2, 1, 1, 1)
+    return pixels.clamp(-limit, limit) / limit
+
+
+def crop_mask(motion: Tensor, box: Tensor, flip: Tensor, size: int, width: int, height: int) -> Tensor:
+    """Where `crop_motion` found vectors: float32 (B, 1, W, size, size), the bilinear weight of the cells with one.
+
+    1 between cells that carry a vector, 0 inside intra blocks and on I-frames, between at their borders.
+    """
+    b, w, rows, cols, _ = motion.shape
+    planes = (motion[..., 0] != INTRA).to(torch.float32)  # (B, W, rows, cols)
+    out = _resample(planes, _positions(box, flip, size, *_grid_share(width, height, rows, cols)))
+    return out.view(b, 1, w, size, size)
+
+
+def fixed_box(frame_w: int, frame_h: int, ratio: float = 112 / 128) -> Tensor:
+    """The centre crop of evaluation, float32 (4,): a square of `ratio` of the short side, in pixels of the frame.
+
+    Resizing the short side to 128 and cutting 112 from the centre (section 4.1's input size) is this box at ratio 7/8.
+    """
+    side = ratio * min(frame_w, frame_h)
+    x, y = side / frame_w / 2, side / frame_h / 2
+    return torch.tensor([0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y])
+
+
+def photometric(clip: Tensor, params: Tensor, taps: int = 13) -> Tensor:
+    """Blur, jitter the colours and take colour away, the same on all frames of a clip.
+
+    clip float32 (B, 3, T, S, S) in [0, 1], and so is what returns; params float32 (B, 6), the columns of
+    `train.draws.draw_photometric`; taps, the odd length of the blurring kernel, `Photometric.blur_taps`. The order is
+    fixed: blur, brightness, contrast (about the clip's mean luma), saturation, hue, grey. A sample for which an
+    operation was not drawn keeps its pixels through it, bit for bit.
+
+    With params on the CPU only the drawn samples are computed, which halves the work; a device that holds them computes
+    all samples and selects, since asking which were drawn would wait for it.
+    """
+    sigma, brightness, contrast, saturation, hue, grey = params.unbind(1)
+    jittered = (brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0)
+    clip = _where(sigma > 0, clip, lambda x, s: _blur(x, s, taps), sigma)
+    clip = _where(jittered, clip, _jitter, brightness, contrast, saturation, hue)
+    return _where(grey > 0, clip, _grey)
+
+
+def normalise(clip: Tensor) -> Tensor:
+    """RGB in [0, 1], (B, 3, ...), to zero mean and unit deviation a channel, by ImageNet's statistics."""
+    shape = (1, 3, *[1] * (clip.ndim - 2))
+    mean, std = _imagenet(clip.device)
+    return (clip - mean.view(shape)) / std.view(shape)
+
+
+@cache
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on the device; kept, because a copy from the host waits for it."""
+    return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
+
+
+def _positions(box: Tensor, flip: Tensor, size: int, share_x: float = 1.0, share_y: float = 1.0) -> Tensor:
+    """Where each output pixel's centre lies in an image of which the frame takes the upper left `share`.
+
+    (B, size, size, 2), (x, y) as grid_sample wants them without align_corners: -1 and 1 are the image's edges.
+    """
+    u = (torch.arange(size, device=box.device, dtype=box.dtype) + 0.5) / size  # (S,)
+    x0, y0, x1, y1 = (e[:, None] for e in box.unbind(1))
+    x = x0 + torch.where(flip[:, None], 1 - u, u) * (x1 - x0)  # (B, S)
+    y = y0 + u * (y1 - y0)
+    shape = (len(box), size, size)
+    return torch.stack(
+        [(2 * share_x * x - 1)[:, None].expand(shape), (2 * share_y * y - 1)[..., None].expand(shape)], -1
+    )
+
+
+def _resample(planes: Tensor, positions: Tensor) -> Tensor:
+    """Planes (B, C, h, w) at positions (B, S, S, 2): one grid serves all frames and channels of a sample."""
+    return F.grid_sample(planes, positions, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _grid_share(width: int, height: int, rows: int, cols: int) -> tuple[float, float]:
+    """How much of the motion grid the frame covers, across and down: whole macroblocks overhang it."""
+    return width / (MACROBLOCK * cols), height / (MACROBLOCK * rows)
+
+
+def _where(on: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """operation(clip, *arguments) for the samples that are on (B,), the others untouched."""
+    if on.device.type != "cpu":
+        return torch.where(on.view(-1, *[1] * (clip.ndim - 1)), operation(clip, *arguments), clip)
+    rows = on.nonzero().flatten()
+    if not len(rows):
+        return clip
+    there = rows.to(clip.device, non_blocking=True)
+    chosen = [a[rows].to(clip.device, non_blocking=True) for a in arguments]
+    return clip.index_copy(0, there, operation(clip[there], *chosen))
+
+
+def _blur(clip: Tensor, sigma: Tensor, taps: int) -> Tensor:
+    # kornia's gaussian_blur2d asks the device whether every sigma is positive; its parts do not.
+    kernel = get_gaussian_kernel1d(taps, sigma[:, None])  # (B, taps)
+    with torch.autocast(clip.device.type, enabled=False):
+        return filter2d_separable(clip.flatten(1, 2), kernel, kernel).view_as(clip)
+
+
+def _jitter(clip: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    image = clip.flatten(2, 3)  # (B, 3, T*S, S): colours know no position
+    image = adjust_brightness_accumulative(image, brightness)
+    image = adjust_contrast_with_mean_subtraction(image, contrast)
+    image = adjust_saturation_with_gray_subtraction(image, saturation)
+    return adjust_hue(image, 2 * math.pi * hue).view_as(clip)
+
+
+def _grey(clip: Tensor) -> Tensor:
+    return rgb_to_grayscale(clip.flatten(2, 3)).expand(-1, 3, -1, -1).reshape(clip.shape)

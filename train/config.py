@@ -1,0 +1,157 @@
+"""What a run is: frozen dataclasses, every default the paper's or, where it is silent, what DESIGN of the run says.
+
+A recipe (train.recipes) is a function that returns a `Config`; the command line overrides single fields. Only what
+changes the result is here; how fast it is reached (device, workers, precision) is `Runtime`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from train.draws import Cropping, Photometric, Sampling
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Architecture (section 4.1)."""
+
+    backbone: Literal["c3d", "r3d26", "r2plus1d26", "r3d10"] = "c3d"
+    """The V-Network."""
+    width: int = 64
+    """Channels of the V-Network's first layer."""
+    iframe_width: int = 64
+    """Channels of the first layer of the I-Network, an R2D-10."""
+    motion_width: int = 64
+    """Channels of the first layer of the M-Network, an R3D-10."""
+    predictor: Literal["transformer", "convgru"] = "transformer"
+    """Encoder-decoder from clip features to motion features (table 1)."""
+    predictor_width: int = 512
+    """Width of the predictor's hidden layers."""
+    head_hidden: int = 2048
+    """Hidden width of the MLP heads."""
+    head_out: int = 512
+    """Width of the embeddings that are compared."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Equations (1) to (3)."""
+
+    alpha: float = 0.5
+    """Weight of motion prediction against context matching; 0 trains context alone, 1 motion alone (table 4)."""
+    context_temperature: float = 0.1
+    """τ of equation (1); the paper gives none, the authors' release 0.1."""
+    motion_temperature: float = 0.1
+    """τ of equation (2)."""
+    loss_scale: float = 2.0
+    """Factor on J: 2 makes it the released sum J_I + J_M at α = 0.5."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; it weighs motion against context and lies within [0, 1]")
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """Section 4.1; warm-up, Nesterov momentum and clipping are the authors' released settings."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr_per_sample: float = 0.0005
+    """The learning rate is this times the global batch."""
+    weight_decay: float = 0.005
+    momentum: float = 0.9
+    """Momentum of SGD, Nesterov's."""
+    clip_norm: float = 15.0
+    """Gradients longer than this are shortened to it."""
+    warmup_epochs: float = 5.0
+    """Epochs over which the rate rises linearly, from 1 % of its height."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One pretraining run."""
+
+    networks: Networks = field(default_factory=Networks)
+    sampling: Sampling = field(default_factory=Sampling)
+    cropping: Cropping = field(default_factory=Cropping)
+    photometric: Photometric = field(default_factory=Photometric)
+    objective: Objective = field(default_factory=Objective)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    size: int = 112
+    """Height and width of clips, I-frames and motion maps after the crop, pixels."""
+    batch_size: int = 64
+    """Videos a step, over all processes."""
+    epochs: int = 120
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Raises ValueError naming the keys that are unknown or missing."""
+        return _build(cls, json.loads(text), "config")
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def differences(self, other: Config) -> list[str]:
+        """Fields in which `other` differs, as 'name: other's value there, mine here'."""
+        mine, theirs = flatten(dataclasses.asdict(self)), flatten(dataclasses.asdict(other))
+        return [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is carried out; nothing here changes what it computes, up to rounding."""
+
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:1."""
+    loader_workers: int = 2
+    """Processes that decode samples, for each training process; 0 decodes in the training process itself."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: mixed precision, for GPUs that have it."""
+    compile: bool = False
+    """Compile the networks (a minute at the start, faster steps on a GPU)."""
+    log_steps: int = 10
+    """Steps a line of metrics."""
+    checkpoint_steps: int = 1000
+    """Steps between checkpoints; one is also saved after each epoch."""
+    keep_epochs: tuple[int, ...] = ()
+    """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50 120)."""
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with dotted keys; lists become tuples, so that values read from JSON compare equal."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if set(values) != set(known):
+        raise ValueError(
+            f"{where}: {sorted(set(values) ^ set(known))} unknown or missing; the keys are {', '.join(known)}"
+        )
+    arguments = {}
+    for name, value in values.items():
+        factory = known[name].default_factory
+        if factory is not dataclasses.MISSING:
+            arguments[name] = _build(type(factory()), value, f"{where}.{name}")
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
