@@ -129,7 +129,8 @@ def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, se
     """
     from preprocess.synthetic import Scenes, write
 
-    print(write(out, Scenes(train=train, test=test, seed=seed), workers=workers))
+    made = write(out, Scenes(train=train, test=test, seed=seed), workers=workers)
+    print(f"{len(made.paths)} scenes of {len(made.classes)} classes in {out / 'videos'}, {out / 'manifest.csv'}")
     return DONE
 
 

@@ -4,9 +4,8 @@
     python -m preprocess inspect SHARDS --sample 4 --seed 0 --out picture.png
     python -m preprocess inspect SHARDS --video PATH --out clip.mp4
 
-About a second a video for a sheet and a few seconds for a clip; both say where the picture is. Needs matplotlib, and
-PyAV for a clip. Everything shown is read back from the shard, so a picture that looks right says that the frames, the
-motion vectors and their alignment are right.
+About a second a video for a sheet and some seconds for a clip. Needs matplotlib, and PyAV for a clip. Everything shown
+is read back from the shard: a picture that looks right says that frames, motion vectors and their alignment are right.
 """
 
 from __future__ import annotations
@@ -132,6 +131,8 @@ class _View:
     index: int
     path: str
     label: str
+    fps: float
+    encoded: tuple[int, int]  # width, height
     mean: Pixels  # (T,) mean motion of each frame, pixels
     i_frames: npt.NDArray[np.int64]  # frame numbers in the video
     moments: list[int]  # frames of largest motion in equal parts of the video; never I-frames
@@ -156,20 +157,14 @@ class _View:
             shard=shard,
             index=index,
             path=_printable(shard.paths[index]),
-            label=_printable(shard.classes[label]) if label >= 0 else "unlabelled",
+            label=_shorten(_printable(shard.classes[label]), 60) if label >= 0 else "unlabelled",
+            fps=float(shard.fps[index]),
+            encoded=(shard.settings.width, shard.settings.height),
             mean=mean,
             i_frames=i_frames,
             moments=moments,
             limit=next((n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if n >= largest), 64),
         )
-
-    @property
-    def fps(self) -> float:
-        return float(self.shard.fps[self.index])
-
-    @property
-    def encoded(self) -> tuple[int, int]:
-        return self.shard.settings.width, self.shard.settings.height
 
     @property
     def gain(self) -> float:
@@ -217,7 +212,8 @@ class _Sheet:
         settings = shard_set.settings
         self.wide = 340
         self.high = round(self.wide * settings.frame_height / settings.frame_width)
-        self.group = self.TITLE + self.CAPTION + 3 * (self.high + self.GAP) + self.PLOT + self.FOOT
+        self.step = max(self.high, 210) + self.GAP  # from row to row; the legend needs 210
+        self.group = self.TITLE + self.CAPTION + 3 * self.step + self.PLOT + self.FOOT
         self.width = 2 * self.MARGIN + self.LEFT + (TIMES + 1) * (self.wide + self.GAP)
         self.height = 2 * self.MARGIN + videos * self.group
         self.figure = _figure(self.width, self.height)
@@ -232,9 +228,9 @@ class _Sheet:
             colour = I_FRAME if t in view.i_frames else INK
             self._text(left, rows - 13, view.caption(t), size=12, color=colour)
             for row, picture in enumerate(view.pictures(t)):
-                self._image(left, rows + row * (self.high + self.GAP), self.wide, self.high, picture, colour)
+                self._image(left, rows + row * self.step, self.wide, self.high, picture, colour)
         self._legends(view, rows)
-        self._curve(view, rows + 3 * (self.high + self.GAP) + 14)
+        self._curve(view, rows + 3 * self.step + 14)
 
     def save(self, path: Path) -> Path:
         partial = _partial(path)
@@ -246,7 +242,7 @@ class _Sheet:
         return path
 
     def _legends(self, view: _View, rows: int) -> None:
-        step, wheel = self.high + self.GAP, 104
+        step, wheel = self.step, 104
         self._text(self.MARGIN, rows + 14, "Frame", size=13, weight="bold")
         self._text(self.MARGIN, rows + 36, "as stored in the shard", size=11, color=PALE)
         self._text(self.MARGIN, rows + step + 14, "Motion as arrows", size=13, weight="bold")
@@ -318,17 +314,15 @@ class _Header:
     """The band above a clip: what it is, which frame this is, and the legend."""
 
     def __init__(self, view: _View, width: int, height: int) -> None:
+        self.view, self.width, self.figure = view, width, _figure(width, height)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        self.view, self.width = view, width
-        self.figure = _figure(width, height)
         self.canvas = FigureCanvasAgg(self.figure)
         wheel = height - 12
         axes = self.figure.add_axes(((width - wheel - 6) / width, 6 / height, wheel / width, wheel / height))
         axes.imshow(wheel_legend(3 * wheel), aspect="auto")
         axes.axis("off")
-        letters = int(width / 8.5) - 22
-        self._line(0.20, _shorten(view.path, letters), weight="bold")
+        self._line(0.20, _shorten(view.path, int(width / 8.5) - 22), weight="bold")
         self._line(0.50, f"{view.label}{SEPARATOR}arrows: motion since the previous frame, ×{view.gain:g}", color=PALE)
         self.now = self._line(0.80, "")
         beside = 1 - (wheel + 14) / width
@@ -362,14 +356,12 @@ def _pixels(stored: npt.NDArray[np.int16]) -> tuple[Pixels, npt.NDArray[np.bool_
 
 
 def _magnitude(stored: npt.NDArray[np.int16]) -> Pixels:
-    motion, _ = _pixels(stored)
-    return np.hypot(motion[..., 0], motion[..., 1])
+    return np.hypot(*np.moveaxis(_pixels(stored)[0], -1, 0))
 
 
 def _moments(score: Pixels, i_frames: npt.NDArray[np.int64]) -> list[int]:
     """The frame of highest score in each of up to TIMES equal parts of a video, I-frames left out."""
-    candidates = np.setdiff1d(np.arange(len(score)), i_frames)
-    parts = np.array_split(candidates, TIMES)
+    parts = np.array_split(np.setdiff1d(np.arange(len(score)), i_frames), TIMES)
     return [int(part[np.argmax(score[part])]) for part in parts if len(part)]
 
 
@@ -380,9 +372,9 @@ def _find(shard_set: ShardSet, path: str) -> int:
     # People give a bare file name, or the path from their own folder, as often as the manifest's path.
     same_name = [p for p in paths if Path(p).name == Path(path).name]
     close = (same_name or difflib.get_close_matches(path, paths, n=3, cutoff=0.5))[:3]
-    failures = [f.reason for f in shard_set.failed if f.path == path]
-    if failures:
-        raise ValueError(f"{path} could not be stored, so there is nothing to draw: {failures[0]}")
+    for failure in shard_set.failed:
+        if failure.path == path:
+            raise ValueError(f"{path} could not be stored, so there is nothing to draw: {failure.reason}")
     hint = f"; similar: {', '.join(close)}" if close else f"; the first of {len(paths)} is {paths[0] if paths else '-'}"
     raise ValueError(f"no video {path!r} in these shards (paths are those of the manifest){hint}")
 

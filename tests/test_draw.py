@@ -13,6 +13,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import simplejpeg
 from conftest import make_shards, panned, write_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,8 +178,8 @@ def test_still_blocks_and_the_overhang_get_no_arrow() -> None:
     rng = np.random.default_rng(0)
     frame = rng.integers(0, 256, (172, 228, 3), dtype=np.uint8)
     motion = rng.uniform(-0.35, 0.35, (*GRID, 2))
-    motion[:, 21] = (2, 0)  # these blocks are centred at 344, beyond the 340 pixels of the frame
-    assert (draw.arrows(frame, motion, ENCODED) == frame).all()
+    motion[:, 21] = (-12, 0)  # these blocks are centred at 344, beyond the 340 pixels of the frame
+    assert (draw.arrows(frame, motion, ENCODED, gain=2.0) == frame).all()
     motion[3, 4] = (0.6, 0)
     assert (draw.arrows(frame, motion, ENCODED) != frame).any()
 
@@ -260,6 +261,17 @@ def test_moments_are_the_busiest_of_their_part(frames: int, gop: int, seed: int)
     for a, b in pairwise(moments):  # each is the best of its own side of some boundary
         between = [t for t in moving if a <= t <= b]
         assert max(between, key=lambda t: score[t]) in (a, b)
+
+
+def test_no_vector_is_drawn_where_none_is_stored(sideways: ShardSet) -> None:
+    view = preview._View.of(sideways, 1)
+    assert view.i_frames.tolist() == [0, 12] and (view.mean[[0, 12]] == 0).all()
+    shard, index = sideways.locate(1)
+    small = simplejpeg.decode_jpeg(shard.frame_jpeg(int(shard.frame_offset[index]) + 12), colorspace="RGB")
+    stored, drawn, colours = view.pictures(12)
+    assert stored.shape == (256, 340, 3)  # the I-frame at its own size
+    assert (drawn == small.repeat(2, axis=0).repeat(2, axis=1)).all()
+    assert {tuple(c) for c in colours.reshape(-1, 3).tolist()} == {draw.INTRA_GREY, draw.HATCH_GREY}
 
 
 @pytest.mark.parametrize("encoder", ["h264", "mpeg4"])
@@ -354,16 +366,17 @@ def test_too_many_or_unknown_videos_are_refused(sideways: ShardSet, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("module", "word"), [("matplotlib.figure", "matplotlib"), ("av", "PyAV")])
+@pytest.mark.parametrize(
+    ("missing", "out", "word"),
+    [("matplotlib", "p.png", "matplotlib"), ("matplotlib", "p.mp4", "matplotlib"), ("av", "p.mp4", "PyAV")],
+)
 def test_a_missing_library_is_named(
-    sideways: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, word: str
+    sideways: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, out: str, word: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+    for module in [m for m in sys.modules if m.partition(".")[0] == missing] + [missing]:
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"needs? {word}"):
-        if module == "av":
-            preview.animation(sideways, 0, tmp_path / "p.mp4")
-        else:
-            preview.contact_sheet(sideways, [0], tmp_path / "p.png")
+        preview.inspect(sideways.folder, "left/a.mp4", 0, 0, tmp_path / out)
     assert not list(tmp_path.iterdir())
 
 
@@ -375,6 +388,14 @@ def test_a_failed_clip_leaves_nothing(sideways: ShardSet, tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         preview.animation(sideways, 0, tmp_path / "p.mp4")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_failed_is_said_to_have_failed(tmp_path: Path) -> None:
+    write_video(tmp_path / "good.mp4", panned(2))
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    shard_set = make_shards(tmp_path / "out", tmp_path, ["good.mp4", "bad.mp4"])
+    with pytest.raises(ValueError, match=r"bad\.mp4 could not be stored.*: \S"):
+        preview.inspect(shard_set.folder, "bad.mp4", 0, 0, tmp_path / "p.png")
 
 
 def test_real_clips_make_a_sheet(real_shards: ShardSet, tmp_path: Path) -> None:

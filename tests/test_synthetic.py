@@ -31,7 +31,7 @@ def grey(image: np.ndarray) -> np.ndarray:
 def seen_displacement(before: np.ndarray, after: np.ndarray, reach: int = 9) -> np.ndarray:
     """The whole-pixel shift that explains best what changed between two frames: x, y."""
     before, after = grey(before), grey(after)
-    rows, columns = np.nonzero(np.abs(after - before) > 12)
+    rows, columns = (places[::3] for places in np.nonzero(np.abs(after - before) > 12))
     height, width = after.shape
     best = (math.inf, 0, 0)
     for dy in range(-reach, reach + 1):
@@ -74,7 +74,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-# --- crossed -------------------------------------------------------------------------------------------------------------
+# --- crossed ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_crosses_contexts_and_motions_in_equal_numbers() -> None:
@@ -111,7 +111,7 @@ def test_pixels_are_a_function_of_seed_subset_and_index() -> None:
         assert not np.array_equal(pixels[0], render(other)[0])
 
 
-# --- nothing gives the motion away -----------------------------------------------------------------------------------------
+# --- nothing gives the motion away -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=10, deadline=None)
@@ -146,20 +146,26 @@ def classified(features: np.ndarray, classes: np.ndarray, train: np.ndarray) -> 
     return [float((guess == classes[~train]).mean()) for guess in found]
 
 
-def test_one_frame_does_not_tell_the_motion() -> None:
-    specs = replace(SMALL, train=288, test=288).specs()
-    late = np.stack([render(scene)[-1] for scene in specs])
-    small = grey(late.reshape(len(specs), 12, 4, 16, 4, 3).mean((2, 4))[..., None, :]).reshape(len(specs), -1)
-    colour = late.reshape(len(specs), -1, 3).astype(float)
-    features = np.concatenate([small, colour.mean(1), colour.std(1)], axis=1)
+def single_frames(specs: list[Scene]) -> np.ndarray:
+    """Brightness and contrast of 4x4 cells of each scene's last frame, then colours overall: (n, features)."""
+    late = np.stack([render(scene)[-1] for scene in specs]).astype(np.float64)
+    cells = late.reshape(len(specs), 12, 4, 16, 4, 3)
+    bright, contrast = cells.mean((2, 4, 5)).reshape(len(specs), -1), cells.std((2, 4)).mean(-1).reshape(len(specs), -1)
+    return np.concatenate([bright, contrast, late.mean((1, 2)), late.std((1, 2))], axis=1)
+
+
+def test_one_frame_does_not_tell_the_motion(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = replace(SMALL, train=216, test=216, frames=4, speed=(6, 9)).specs()  # about half the frame in all
     train = np.array([scene.subset == "train" for scene in specs])
-    # Chance is 1/6 of 288; four standard deviations of a binomial, of which three classifiers see 1 in 10,000.
-    bound = 1 / 6 + 4 * math.sqrt(1 / 6 * 5 / 6 / 288)
-    motions = classified(features, np.array([scene.motion for scene in specs]), train)
-    assert max(motions) < bound
-    # The same classifiers on the same features do tell the context, hence can tell something.
-    contexts = classified(features, np.array([scene.context for scene in specs]), train)
-    assert min(contexts) > 0.4 > bound
+    contexts, motions = (np.array([getattr(scene, name) for scene in specs]) for name in ("context", "motion"))
+    # Chance is 1/6 of 216; four standard deviations of a binomial, beyond which chance takes one in 20,000.
+    bound = 1 / 6 + 4 * math.sqrt(1 / 6 * 5 / 6 / 216)
+    features = single_frames(specs)
+    assert max(classified(features, motions, train)) < bound
+    # The same classifiers tell the context, and the motion too where the sprites of all scenes start at one place.
+    assert min(classified(features, contexts, train)) > bound
+    monkeypatch.setattr(synthetic, "track", lambda scene: track(scene) - track(scene)[:1] + (32, 24))
+    assert min(classified(single_frames(specs), motions, train)) > bound
 
 
 @pytest.mark.parametrize("frame", [0, 30, 71])
@@ -174,7 +180,7 @@ def test_sprites_are_equally_likely_everywhere_in_every_frame(frame: int) -> Non
             assert ((counts - 37.5) ** 2 / 37.5).sum() < 44.3
 
 
-# --- the motion is what the label says -------------------------------------------------------------------------------------
+# --- the motion is what the label says -------------------------------------------------------------------------------
 
 
 @given(
@@ -205,7 +211,7 @@ def test_steps_are_even_and_turn_as_the_motion_says(seed: int, index: int, motio
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_the_pixels_move_as_labelled(motion: str) -> None:
     """Read off the pixels alone, without the track."""
-    for number, context in enumerate(CONTEXTS):
+    for number, context in enumerate(["dunes", "meadow", "rapids"]):
         frames = render(Scene(Scenes(frames=23), "train", number, context, motion))
         steps = np.stack([seen_displacement(frames[t], frames[t + 2]) for t in (0, 5, 10, 15, 20)]) / 2
         assert all(1.4 < np.hypot(*step) < 4.6 for step in steps)
@@ -227,8 +233,7 @@ def test_frames_match_inside_a_sprite_after_the_nominal_shift() -> None:
                 for s, (x, y) in ((t, places[t]), (t + 1, places[t + 1]))
             )
             still = sample(frames[t + 1], places[t, 0] + offsets[0], places[t, 1] + offsets[1])
-            assert np.abs(here - there).mean() < 3
-            assert np.abs(here - there).mean() < 0.25 * np.abs(here - still).mean()
+            assert np.abs(here - there).mean() < min(5, 0.2 * np.abs(here - still).mean())
 
 
 def test_only_sprites_move() -> None:
@@ -255,7 +260,7 @@ def test_a_drifting_camera_moves_the_background_alone() -> None:
 
 def test_an_mpeg4_encoder_finds_the_motion(tmp_path: Path) -> None:
     right = total = 0
-    for scene in Scenes(frames=12).specs()[:36:7]:  # one of each context and motion
+    for scene in Scenes(frames=18).specs()[:36:7]:  # one of each context and motion
         synthetic.encode(tmp_path / "scene.mp4", render(scene), codec="mpeg4")
         steps = np.diff(track(scene), axis=0)
         with av.open(str(tmp_path / "scene.mp4")) as container:
@@ -274,7 +279,7 @@ def test_an_mpeg4_encoder_finds_the_motion(tmp_path: Path) -> None:
     assert total > 200 and right / total > 0.95
 
 
-# --- sprites ---------------------------------------------------------------------------------------------------------------
+# --- sprites ---------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
@@ -293,7 +298,7 @@ def test_sprites_are_whole_and_as_large_as_asked(index: int, size: float, satura
             assert np.ptp(colour, axis=2).max() < 1e-3
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_files_hold_the_scenes_whatever_the_number_of_workers(tmp_path: Path) -> None:

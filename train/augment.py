@@ -99,9 +99,10 @@ def photometric(clip: Tensor, params: Tensor, taps: int = 13) -> Tensor:
     """
     sigma, brightness, contrast, saturation, hue, grey = params.unbind(1)
     jittered = (brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0)
-    clip = _where(sigma > 0, clip, lambda x, s: _blur(x, s, taps), sigma)
-    clip = _where(jittered, clip, _jitter, brightness, contrast, saturation, hue)
-    return _where(grey > 0, clip, _grey)
+    where = _only_drawn if params.device.type == "cpu" else _all_then_select
+    clip = where(sigma > 0, clip, lambda x, s: _blur(x, s, taps), sigma)
+    clip = where(jittered, clip, _jitter, brightness, contrast, saturation, hue)
+    return where(grey > 0, clip, _grey)
 
 
 def normalise(clip: Tensor) -> Tensor:
@@ -142,11 +143,14 @@ def _grid_share(width: int, height: int, rows: int, cols: int) -> tuple[float, f
     return width / (MACROBLOCK * cols), height / (MACROBLOCK * rows)
 
 
-def _where(on: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """operation(clip, *arguments) for the samples that are on (B,), the others untouched."""
-    if on.device.type != "cpu":
-        return torch.where(on.view(-1, *[1] * (clip.ndim - 1)), operation(clip, *arguments), clip)
-    rows = on.nonzero().flatten()
+def _all_then_select(drawn: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """operation(clip, *arguments) where drawn (B,), computed for all samples."""
+    return torch.where(drawn.view(-1, 1, 1, 1, 1), operation(clip, *arguments), clip)
+
+
+def _only_drawn(drawn: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """operation(clip, *arguments) where drawn (B,), computed for those samples; drawn and arguments on the CPU."""
+    rows = drawn.nonzero().flatten()
     if not len(rows):
         return clip
     there = rows.to(clip.device, non_blocking=True)

@@ -205,8 +205,8 @@ class ClipSet(Dataset[Sample]):
             decoded = decode_frames(shard, first + numbers.ravel())
             return sample | {"clips": decoded.reshape(*numbers.shape, *decoded.shape[1:])}
         if self.modality == "iframe":
-            nearest = [nearest(iframes, c) for c in ((starts + span // 2) % frames).tolist()]
-            return sample | {"iframes": decode_iframes(shard, first_iframe + np.array(nearest))}
+            chosen = [nearest(iframes, centre) for centre in ((starts + span // 2) % frames).tolist()]
+            return sample | {"iframes": decode_iframes(shard, first_iframe + np.array(chosen))}
         windows = starts[:, None] + (span - s.motion_frames) // 2 + np.arange(s.motion_frames)  # (C, W)
         return sample | {"motion": shard.motion[first + windows % frames]}
 

@@ -1,0 +1,51 @@
+# make demo   the main job on the embedded data: scenes -> shards -> training -> retrieval, a table and a picture
+# make test   the test suite
+# The first of them sets up .venv with pinned versions. PYTHON chooses the interpreter (3.10 or later).
+
+PYTHON ?= python3
+VENV := .venv
+PY := OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python
+THREADS ?= $(shell nproc)
+WORKERS ?= $(shell nproc)
+OUT ?= demo_out
+SCENES := --shards $(OUT)/shards --manifest $(OUT)/scenes/manifest.csv
+
+.PHONY: demo demo-all scenes test soak bench lint clean
+
+$(VENV)/ready: requirements.txt setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+scenes: $(VENV)/ready
+	$(PY) -m preprocess synthetic --out $(OUT)/scenes --workers $(WORKERS)
+	$(PY) -m preprocess run $(OUT)/scenes/manifest.csv --videos $(OUT)/scenes --out $(OUT)/shards --workers $(WORKERS) \
+		--width 176 --height 144 --frame-width 112 --frame-height 92
+	$(PY) -m preprocess inspect $(OUT)/shards --sample 2 --out $(OUT)/shards.png
+
+demo: scenes
+	$(PY) -m train scenes $(SCENES) --out $(OUT)/joint
+	$(PY) -m eval compare $(OUT)/joint $(SCENES) --picture $(OUT)/demo.png
+
+demo-all: demo
+	$(PY) -m train scenes $(SCENES) --out $(OUT)/context --alpha 0
+	$(PY) -m train scenes $(SCENES) --out $(OUT)/motion --alpha 1
+	$(PY) -m eval compare $(OUT)/joint $(OUT)/context $(OUT)/motion $(SCENES) --picture $(OUT)/demo.png
+
+test: $(VENV)/ready
+	$(PY) -m pytest -m "not soak"
+
+soak: $(VENV)/ready
+	$(PY) -m pytest -m soak
+
+bench: $(VENV)/ready
+	$(PY) benchmarks/motion_loss.py
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,103 @@
+"""Stage 3: weights -> numbers, tables, pictures.
+
+    python -m eval retrieve --run runs/c3d --shards shards/ucf101 --manifest data_manifests/ucf101_split1.csv
+
+prints R@1, 5, 10 and 20 of the test videos among the training videos, and stores them with where they came from.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+DONE, ERROR, INTERRUPTED = 0, 1, 130
+
+
+def retrieve(
+    run: Path,
+    shards: Path,
+    manifest: Path,
+    network: Literal["video", "iframe", "motion"] = "video",
+    weights: str = "last",
+    device: str = "auto",
+    workers: int = 2,
+) -> int:
+    """Video retrieval: the manifest's test videos query its training videos (tables 1, 4, 5, 7 and 9).
+
+    Args:
+        run: Folder of a run, the --out of python -m train.
+        shards: Folder of shards.
+        manifest: CSV with train and test rows.
+        network: V-Network, I-Network or M-Network (table 5).
+        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+        device: auto, cpu, cuda or cuda:1.
+        workers: Processes that decode.
+    """
+    from eval import features, retrieve as retrieval
+    from preprocess.manifest import Manifest
+    from preprocess.shards import ShardSet
+
+    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    loaded = features.load_run(run, weights)
+    found = retrieval.retrieve(loaded, shard_set, table, network, device=device, workers=workers)
+    path = retrieval.store(loaded, shard_set, table, manifest.stem, network, found)
+    name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
+    print(f"{len(found.query)} queries, {len(found.gallery)} in the gallery; {features.protocol(loaded.config, network)}")
+    print(retrieval.table({name: found.recalls}, retrieval.KS))
+    print(f"stored in {path}")
+    return DONE
+
+
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    shards: Path,
+    manifest: Path,
+    picture: Path | None = None,
+    device: str = "auto",
+    workers: int = 2,
+) -> int:
+    """One table of R@1 for several runs beside the untrained network, and a picture of what they retrieve.
+
+    Args:
+        runs: Folders of runs; the first is drawn, and its initial weights are the untrained network.
+        shards: Folder of shards.
+        manifest: CSV with train and test rows.
+        picture: PNG to write: queries with their I-frame and motion vectors, and their neighbours.
+        device: auto, cpu, cuda or cuda:1.
+        workers: Processes that decode.
+    """
+    from eval import features, gallery, retrieve as retrieval
+    from preprocess.manifest import Manifest
+    from preprocess.shards import ShardSet
+
+    rows, shard_set = Manifest.read(manifest), ShardSet(shards)
+    found = {}
+    for folder, weights in [(runs[0], "initial"), *((r, "last") for r in runs)]:
+        loaded = features.load_run(folder, weights)
+        name = "untrained" if weights == "initial" else folder.name
+        found[name] = retrieval.retrieve(loaded, shard_set, rows, device=device, workers=workers)
+        retrieval.store(loaded, shard_set, rows, manifest.stem, "video", found[name])
+    print(retrieval.table({name: f.recalls for name, f in found.items()}, (1,)))
+    chance = retrieval.chance(shard_set, rows)
+    print("chance: " + ", ".join(f"{name} {value:.1f}" for name, value in chance.items()))
+    if picture:
+        print(gallery.draw(shard_set, {n: found[n] for n in ("untrained", runs[0].name)}, picture))
+    return DONE
+
+
+def main() -> int:
+    verbs = {"retrieve": retrieve, "compare": compare}
+    try:
+        return tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

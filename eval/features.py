@@ -1,0 +1,129 @@
+"""Features of whole videos: ten clips, pooled and averaged (paper section 4.1, 'video retrieval settings')."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from preprocess.manifest import Manifest
+from preprocess.shards import Settings, ShardSet
+from train import augment, checkpoint
+from train.config import Config
+from train.data import ClipSet, Modality
+from train.loop import choose_device
+from train.model import PretrainingModel
+
+Network = Literal["video", "iframe", "motion"]
+NETWORKS: dict[Network, str] = {"video": "V-Network", "iframe": "I-Network", "motion": "M-Network"}
+KEYS: dict[Modality, str] = {"video": "clips", "iframe": "iframes", "motion": "motion"}
+CLIPS = 10
+VIDEOS_A_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run at one state of its weights."""
+
+    folder: Path
+    config: Config
+    recipe: str
+    weights: str
+    """'initial' (untrained), 'last', or the name of a kept checkpoint such as 'epoch-0005'."""
+    epoch: float
+    model: PretrainingModel
+
+    def weights_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_run(folder: Path, weights: str = "last") -> Run:
+    """A run's networks with its 'initial' weights (untrained, from its seed), its 'last', or those of a kept epoch."""
+    path = folder / "run.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run ({path.name} is missing): --run takes the --out of python -m train")
+    about = json.loads(path.read_text())
+    config = Config.from_json(json.dumps(about["config"]))
+    torch.manual_seed(config.seed)  # as the training loop does before it builds the networks
+    model = PretrainingModel(config)
+    epoch = 0.0
+    if weights != "initial":
+        saved = folder / ("checkpoint.pt" if weights == "last" else f"{weights}.pt")
+        state = checkpoint.load(saved)
+        checkpoint.load_weights(model, state["model"], saved)
+        epoch = float(state["epoch"])
+    return Run(folder, config, about["recipe"], weights, epoch, model)
+
+
+def protocol(config: Config, network: Network, clips: int = CLIPS) -> str:
+    """How features are made, in one sentence; it is printed and stored with every number."""
+    s, size = config.sampling, config.size
+    short = round(size * 128 / 112)
+    what = {
+        "video": f"{s.frames} frames at stride {s.stride}",
+        "iframe": "the I-frame nearest the clip's centre",
+        "motion": f"{s.motion_frames} motion maps around the clip's centre",
+    }[network]
+    return (
+        f"{NETWORKS[network]}, {clips} evenly spread clips a video ({what}), short side {short}, centre {size}, global "
+        "average pooling, clips averaged, cosine similarity, no augmentation, no video dropped"
+    )
+
+
+def video_features(
+    run: Run,
+    shards: ShardSet,
+    manifest: Manifest,
+    network: Network = "video",
+    *,
+    clips: int = CLIPS,
+    device: str = "auto",
+    workers: int = 2,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features float32 (V, C), class numbers int32 (V,) and shard-set positions int64 (V,) of a manifest's videos."""
+    module = part(run, network)
+    data = ClipSet(shards, manifest, run.config.sampling, clips, network)
+    where = torch.device(choose_device(device))
+    module.to(where).eval()
+    loader = DataLoader(data, VIDEOS_A_BATCH, num_workers=workers, pin_memory=where.type == "cuda")
+    features = []
+    with torch.inference_mode():
+        for batch in tqdm(loader, unit=f"{VIDEOS_A_BATCH} videos", desc=NETWORKS[network], disable=None, leave=False):
+            raw = batch[KEYS[network]].to(where, non_blocking=True)  # (V, clips, ...)
+            maps = module(prepare(raw.flatten(0, 1), network, run.config.size, shards.settings))
+            pooled = maps.float().mean((2, 3, 4))  # (V clips, C)
+            features.append(pooled.unflatten(0, raw.shape[:2]).mean(1).cpu())  # (V, C)
+    return torch.cat(features).numpy(), data.label, data.video
+
+
+def part(run: Run, network: Network) -> nn.Module:
+    """The V-, I- or M-Network of a run."""
+    module = getattr(run.model, network, None)
+    if module is None:
+        raise ValueError(
+            f"{run.folder} has no {NETWORKS[network]}: it was trained with alpha {run.config.objective.alpha}, which "
+            "gives that task no weight"
+        )
+    return module
+
+
+def prepare(raw: Tensor, network: Network, size: int, settings: Settings) -> Tensor:
+    """Stored pixels or vectors of n clips -> what the network takes, centre crop, nothing drawn."""
+    height, width = (settings.height, settings.width)
+    box = augment.fixed_box(width, height).to(raw.device).expand(len(raw), 4)
+    flip = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
+    if network == "motion":
+        return augment.crop_motion(raw, box, flip, size, width, height)  # (n, 2, W, S, S)
+    frames = raw[:, None] if network == "iframe" else raw
+    return augment.normalise(augment.crop(frames, box, flip, size))  # (n, 3, T, S, S)
