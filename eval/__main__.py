@@ -8,6 +8,7 @@ prints R@1, 5, 10 and 20 of the test videos among the training videos, and store
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,8 @@ def retrieve(
         device: auto, cpu, cuda or cuda:1.
         workers: Processes that decode.
     """
-    from eval import features, retrieve as retrieval
+    from eval import features
+    from eval import retrieve as retrieval
     from preprocess.manifest import Manifest
     from preprocess.shards import ShardSet
 
@@ -45,7 +47,9 @@ def retrieve(
     found = retrieval.retrieve(loaded, shard_set, table, network, device=device, workers=workers)
     path = retrieval.store(loaded, shard_set, table, manifest.stem, network, found)
     name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
-    print(f"{len(found.query)} queries, {len(found.gallery)} in the gallery; {features.protocol(loaded.config, network)}")
+    print(
+        f"{len(found.query)} queries, {len(found.gallery)} in the gallery; {features.protocol(loaded.config, network)}"
+    )
     print(retrieval.table({name: found.recalls}, retrieval.KS))
     print(f"stored in {path}")
     return DONE
@@ -69,7 +73,8 @@ def compare(
         device: auto, cpu, cuda or cuda:1.
         workers: Processes that decode.
     """
-    from eval import features, gallery, retrieve as retrieval
+    from eval import features, gallery
+    from eval import retrieve as retrieval
     from preprocess.manifest import Manifest
     from preprocess.shards import ShardSet
 
@@ -89,7 +94,7 @@ def compare(
 
 
 def main() -> int:
-    verbs = {"retrieve": retrieve, "compare": compare}
+    verbs: dict[str, Callable[..., int]] = {"retrieve": retrieve, "compare": compare}
     try:
         return tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__)
     except (ValueError, OSError) as error:

@@ -104,7 +104,7 @@ def _frame(shard: Shard, frame: int) -> np.ndarray:
     return simplejpeg.decode_jpeg(shard.frame_jpeg(frame), colorspace="RGB")
 
 
-def _show(axes, picture: np.ndarray, caption: str, colour: str) -> None:  # noqa: ANN001 - matplotlib is an extra
+def _show(axes, picture: np.ndarray, caption: str, colour: str) -> None:
     axes.imshow(picture, aspect="auto", interpolation="bilinear")
     axes.set_xticks([])
     axes.set_yticks([])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -26,7 +27,7 @@ def run(
     videos: Path,
     out: Path,
     workers: int = 1,
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008 - frozen
     videos_per_shard: int = 128,
     part: str = "1/1",
     retry_failed: bool = False,
@@ -168,7 +169,14 @@ def terminate(*_: object) -> NoReturn:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, terminate)
-    verbs = {"run": run, "manifest": manifest, "inspect": inspect, "check": check, "info": info, "synthetic": synthetic}
+    verbs: dict[str, Callable[..., int]] = {
+        "run": run,
+        "manifest": manifest,
+        "inspect": inspect,
+        "check": check,
+        "info": info,
+        "synthetic": synthetic,
+    }
     try:
         return tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m preprocess", description=__doc__)
     except (ValueError, OSError, RuntimeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import joblib
+import numpy as np
 from tqdm import tqdm
 
 from preprocess.shards import Shard, ShardSet, file_sha256, verify
@@ -46,7 +47,7 @@ def describe(folder: Path) -> str:
     seconds = 0.0
     for shard in shards.shards:
         known = shard.fps > 0
-        seconds += float((shard["videos/frame_offset"][1:] - shard["videos/frame_offset"][:-1])[known] @ (1 / shard.fps[known]))
+        seconds += float(np.diff(shard.frame_offset)[known] @ (1 / shard.fps[known]))
     size = sum(s.path.stat().st_size for s in shards.shards)
     errors = sum(int(s.decode_errors.sum()) for s in shards.shards)
     s = shards.settings
@@ -58,7 +59,7 @@ def describe(folder: Path) -> str:
             f"I-frames  every {s.gop} frames, {s.width}x{s.height}, quantiser {s.quantiser}",
             f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame",
             f"damaged   {errors} packets of the sources did not decode and were skipped",
-            f"classes   {len(shards.classes)}: {', '.join(shards.classes[:8])}{', …' if len(shards.classes) > 8 else ''}",
+            f"classes   {len(shards.classes)}: {', '.join([*shards.classes[:8], *['…'][: len(shards.classes) - 8]])}",
             f"manifest  sha256 {shards.origin.manifest_sha256}",
             f"versions  {', '.join(f'{k} {v}' for k, v in shards.origin.versions.items())}",
         ]

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.shards import Settings, Spool
+from preprocess.shards import Settings
+from preprocess.writer import Spool
 
 PR_SET_PDEATHSIG = 1
 OUR_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENOMEM)

@@ -1,4 +1,4 @@
-"""Any video -> MPEG-4 Part 2 with a fixed group of pictures, so that every twelfth frame is an I-frame (section 2.2)."""
+"""Any video -> MPEG-4 Part 2 with a fixed group of pictures: every twelfth frame is an I-frame (section 2.2)."""
 
 from __future__ import annotations
 
@@ -116,5 +116,5 @@ def _stretch(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height:
     planes = scaler.reformat(
         frame, width, height, "yuv444p", dst_color_range=ColorRange.MPEG, **colours
     ).to_ndarray()  # (3, H, W)
-    turned = np.ascontiguousarray(np.rot90(planes, quarter_turns, axes=(1, 2)))
+    turned = np.ascontiguousarray(np.rot90(planes, quarter_turns, axes=(1, 2)), np.uint8)
     return av.VideoFrame.from_ndarray(turned, "yuv444p").reformat(format="yuv420p")

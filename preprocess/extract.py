@@ -89,5 +89,7 @@ def _jpeg(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: in
     picture = scaler.reformat(
         frame, width, height, "yuvj420p", src_color_range=ColorRange.MPEG, dst_color_range=ColorRange.JPEG
     )
-    planes = [np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in picture.planes]
+    planes = [
+        np.frombuffer(memoryview(p), np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in picture.planes
+    ]
     return simplejpeg.encode_jpeg_yuv_planes(*planes, settings.jpeg_quality)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from preprocess.codec import Codec, CodecError, CodecLost, plain
 from preprocess.manifest import Manifest
-from preprocess.shards import Failure, Origin, Settings, Shard, Spool, Video, shard_name, write_shard
+from preprocess.shards import Failure, Origin, Settings, Shard, shard_name
+from preprocess.writer import Spool, Video, write_shard
 
 # Every library whose version can change a shard's bytes.
 LIBRARIES = ("av", "motion-vector-extractor", "simplejpeg", "h5py", "numpy")
@@ -145,8 +146,8 @@ def refuse_foreign(out: Path, tasks: list[Task]) -> None:
             differences = [f"videos per shard: {shard.rows} there, {len(task.paths)} here"]
         if differences:
             raise ValueError(
-                f"{path} was made by another run ({'; '.join(differences)}). Nothing was deleted: choose another --out, "
-                "or run with what it was made with"
+                f"{path} was made by another run ({'; '.join(differences)}). Nothing was deleted: choose another "
+                "--out, or run with what it was made with"
             )
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that make real things: encoded videos, shards of them, and shards of the real clips where they are at hand."""
+"""Fixtures that make real things: encoded videos, shards of them, shards of the real clips where they are at hand."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def panned(frames: int, pan: tuple[int, int] = PAN, height: int = 256, width: in
     return np.stack([np.roll(texture, (t * pan[1], t * pan[0]), axis=(0, 1)) for t in range(frames)])
 
 
-def make_shards(folder: Path, videos: Path, paths: list[str], labels: list[str] | None = None, **options) -> ShardSet:  # noqa: ANN003
+def make_shards(folder: Path, videos: Path, paths: list[str], labels: list[str] | None = None, **options) -> ShardSet:
     """Run stage 1 on some videos; the shards lie in folder/shards."""
     manifest = Manifest(tuple(paths), tuple(labels or [""] * len(paths)), ("",) * len(paths))
     folder.mkdir(parents=True, exist_ok=True)

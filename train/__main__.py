@@ -1,6 +1,7 @@
 """Stage 2: shards -> weights (GPU or CPU; no video library).
 
-    python -m train pretrain-ucf101-c3d --shards shards/ucf101 --manifest data_manifests/ucf101_split1.csv --out runs/c3d
+    python -m train pretrain-ucf101-c3d --shards shards/ucf101 \
+        --manifest data_manifests/ucf101_split1.csv --out runs/c3d
     python -m train --list
 
 The first pretrains C3D on UCF101's training split as the paper does; the second lists the recipes. The same command

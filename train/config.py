@@ -82,14 +82,16 @@ class Config:
     objective: Objective = field(default_factory=Objective)
     optimiser: Optimiser = field(default_factory=Optimiser)
     size: int = 112
-    """Height and width of clips, I-frames and motion maps after the crop, pixels."""
+    """Height and width of clips and I-frames after the crop, pixels."""
+    motion_size: int = 112
+    """Height and width of motion maps, resampled from the same crop; their vectors count pixels of this size."""
     batch_size: int = 64
     """Videos a step, over all processes."""
     epochs: int = 120
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch_size", "epochs"):
+        for name in ("size", "motion_size", "batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 

@@ -51,9 +51,7 @@ def train(
     torch.backends.cudnn.benchmark = True
     shard_set = ShardSet(shards)
     data = PretrainSet(shard_set, manifest, config.sampling, config.cropping, config.photometric, config.seed)
-    sampler = EpochSampler(
-        len(data), config.batch_size, distributed.rank(), distributed.world_size(), config.seed
-    )
+    sampler = EpochSampler(len(data), config.batch_size, distributed.rank(), distributed.world_size(), config.seed)
     loader = DataLoader(
         data,
         batch_sampler=sampler,
@@ -62,7 +60,8 @@ def train(
         worker_init_fn=_one_thread,
     )
     torch.manual_seed(config.seed)
-    model = PretrainingModel(config).to(device)
+    # Channels last is what the convolutions compute in, on CPUs and on tensor cores alike.
+    model = PretrainingModel(config).to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     distributed.synchronise_batch_norm(model)
     optimiser = make_optimiser(config.optimiser, model, device)
     step = 0
@@ -164,11 +163,9 @@ def losses(
     return joint(context.value, future.value, alpha, o.loss_scale), context, future
 
 
-def inputs(
-    batch: dict[str, Tensor], config: Config, settings: Settings
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def inputs(batch: dict[str, Tensor], config: Config, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A batch, cropped, flipped and coloured on its device: clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion
-    (B, 1+K, 2, W, S, S); None where a task has no weight."""
+    (B, 1+K, 2, W, M, M); None where a task has no weight."""
     size, taps = config.size, config.photometric.blur_taps
     clip = augment.crop(batch["clip"], batch["clip_box"], batch["clip_flip"], size)
     clip = augment.normalise(augment.photometric(clip, batch["clip_photo"], taps))
@@ -178,7 +175,7 @@ def inputs(
         iframe = augment.normalise(augment.photometric(iframe, batch["iframe_photo"], taps))
     if config.objective.alpha > 0:
         windows, boxes, flips = (batch[k].flatten(0, 1) for k in ("motion", "motion_box", "motion_flip"))
-        motion = augment.crop_motion(windows, boxes, flips, size, settings.width, settings.height)
+        motion = augment.crop_motion(windows, boxes, flips, config.motion_size, settings.width, settings.height)
         motion = motion.unflatten(0, batch["motion"].shape[:2])
     return clip, iframe, motion
 
@@ -215,8 +212,8 @@ def check_finite(values: np.ndarray, step: int) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise FloatingPointError(
-            f"the loss is {values[bad[0]]} at step {step - len(values) + int(bad[0]) + 1}; the last checkpoint is kept. "
-            "Lower --optimiser.lr-per-sample, or try --precision float32"
+            f"the loss is {values[bad[0]]} at step {step - len(values) + int(bad[0]) + 1}; the last checkpoint is "
+            "kept. Lower --optimiser.lr-per-sample, or try --precision float32"
         )
 
 
@@ -259,7 +256,7 @@ class Metrics:
         new = path.with_name(path.name + ".new")
         new.write_text("".join(f"{t}\n" for t in kept))
         os.replace(new, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the life of the run
+        self._file = open(path, "a", buffering=1)
 
     def write(self, line: dict[str, float]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -311,7 +308,9 @@ def git_commit() -> str:
         return ""
 
 
-def say(data: PretrainSet, sampler: EpochSampler, model: nn.Module, device: torch.device, step: int, total: int) -> None:
+def say(
+    data: PretrainSet, sampler: EpochSampler, model: nn.Module, device: torch.device, step: int, total: int
+) -> None:
     """What is about to be trained on what, in three lines."""
     parameters = sum(p.numel() for p in model.parameters())
     print(
@@ -324,5 +323,3 @@ def say(data: PretrainSet, sampler: EpochSampler, model: nn.Module, device: torc
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
-
-

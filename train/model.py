@@ -1,6 +1,6 @@
 """The networks of one pretraining run, joined as in figure 2.
 
-Shapes: B videos, K negative windows, W maps a window, S pixels, N = T3 H3 W3 motion points, C embedding width.
+Shapes: B videos, K negative windows, W maps a window, S and M pixels, N = T3 H3 W3 motion points, C embedding width.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PretrainingModel(nn.Module):
             self.iframe_head = MLPHead(self.iframe.channels, n.head_hidden, n.head_out)
         if config.objective.alpha > 0:
             self.motion = r3d10(in_channels=2, width=n.motion_width, stem_stride=1)
-            grid = self.motion.grid(config.sampling.motion_frames, config.size, config.size)
+            grid = self.motion.grid(config.sampling.motion_frames, config.motion_size, config.motion_size)
             self.predictor = build_predictor(
                 n.predictor,
                 self.video.channels,
@@ -56,7 +56,7 @@ class PretrainingModel(nn.Module):
             self.predicted_head = MLPHead(self.motion.channels, n.head_hidden, n.head_out)
 
     def forward(self, clip: Tensor, iframe: Tensor | None, motion: Tensor | None) -> Embeddings:
-        """clip (B, 3, T, S, S), iframe (B, 3, 1, S, S), motion (B, 1+K, 2, W, S, S) with the positive window first."""
+        """clip (B, 3, T, S, S), iframe (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M) with the positive window first."""
         features = self.video.forward_pretrain(clip)  # (B, C1, T1, H1, W1)
         clips = iframes = predicted = positives = negatives = None
         if iframe is not None:

@@ -1,7 +1,7 @@
 """Recipes: a run is a function that returns a Config; its docstring names the table, the cell and the number there.
 
-    python -m train --list            # all of them
-    python -m train NAME --shards SHARDS --manifest data_manifests/ucf101_split1.csv --out RUN
+python -m train --list            # all of them
+python -m train NAME --shards SHARDS --manifest data_manifests/ucf101_split1.csv --out RUN
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def small() -> Config:
         sampling=Sampling(frames=8, stride=4),
         optimiser=Optimiser("adamw", lr_per_sample=2e-3 / 32, weight_decay=0.05, warmup_epochs=2),
         size=64,
+        motion_size=32,
         batch_size=32,
         epochs=50,
     )
