@@ -29,8 +29,8 @@ demo: scenes
 	$(PY) -m eval compare $(OUT)/joint $(SCENES) --picture $(OUT)/demo.png
 
 demo-all: demo
-	$(PY) -m train scenes $(SCENES) --out $(OUT)/context --alpha 0
-	$(PY) -m train scenes $(SCENES) --out $(OUT)/motion --alpha 1
+	$(PY) -m train scenes $(SCENES) --out $(OUT)/context --objective.alpha 0
+	$(PY) -m train scenes $(SCENES) --out $(OUT)/motion --objective.alpha 1
 	$(PY) -m eval compare $(OUT)/joint $(OUT)/context $(OUT)/motion $(SCENES) --picture $(OUT)/demo.png
 
 test: $(VENV)/ready

@@ -7,6 +7,7 @@ prints R@1, 5, 10 and 20 of the test videos among the training videos, and store
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,28 +80,36 @@ def compare(
     from preprocess.shards import ShardSet
 
     rows, shard_set = Manifest.read(manifest), ShardSet(shards)
+    # By their folders' names where these differ, else by their paths.
+    names = [r.resolve().name for r in runs]
+    names = [str(r) for r in runs] if len({*names, "untrained"}) <= len(runs) else names
     found = {}
-    for folder, weights in [(runs[0], "initial"), *((r, "last") for r in runs)]:
+    for name, folder, weights in [("untrained", runs[0], "initial"), *((n, r, "last") for n, r in zip(names, runs))]:
         loaded = features.load_run(folder, weights)
-        name = "untrained" if weights == "initial" else folder.name
         found[name] = retrieval.retrieve(loaded, shard_set, rows, device=device, workers=workers)
         retrieval.store(loaded, shard_set, rows, manifest.stem, "video", found[name])
     print(retrieval.table({name: f.recalls for name, f in found.items()}, (1,)))
     chance = retrieval.chance(shard_set, rows)
     print("chance: " + ", ".join(f"{name} {value:.1f}" for name, value in chance.items()))
     if picture:
-        print(gallery.draw(shard_set, {n: found[n] for n in ("untrained", runs[0].name)}, picture))
+        print(gallery.draw(shard_set, {n: found[n] for n in ("untrained", names[0])}, picture))
     return DONE
 
 
 def main() -> int:
     verbs: dict[str, Callable[..., int]] = {"retrieve": retrieve, "compare": compare}
     try:
-        return tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__)
+        status = tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

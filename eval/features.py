@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
-from train import augment, checkpoint
+from train import augment, checkpoint, runs
 from train.config import Config
 from train.data import ClipSet, Modality
-from train.loop import choose_device
+from train.loop import choose_device, explaining_workers, leave_signals_to_parent
 from train.model import PretrainingModel
 
 Network = Literal["video", "iframe", "motion"]
@@ -50,10 +50,7 @@ class Run:
 
 def load_run(folder: Path, weights: str = "last") -> Run:
     """A run's networks with its 'initial' weights (untrained, from its seed), its 'last', or those of a kept epoch."""
-    path = folder / "run.json"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no run ({path.name} is missing): --run takes the --out of python -m train")
-    about = json.loads(path.read_text())
+    about = runs.read(folder)
     config = Config.from_json(json.dumps(about["config"]))
     torch.manual_seed(config.seed)  # as the training loop does before it builds the networks
     model = PretrainingModel(config)
@@ -81,6 +78,7 @@ def protocol(config: Config, network: Network, clips: int = CLIPS) -> str:
     )
 
 
+@explaining_workers()
 def video_features(
     run: Run,
     shards: ShardSet,
@@ -96,7 +94,13 @@ def video_features(
     data = ClipSet(shards, manifest, run.config.sampling, clips, network)
     where = torch.device(choose_device(device))
     module.to(where, memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
-    loader = DataLoader(data, VIDEOS_A_BATCH, num_workers=workers, pin_memory=where.type == "cuda")
+    loader = DataLoader(
+        data,
+        VIDEOS_A_BATCH,
+        num_workers=workers,
+        pin_memory=where.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
+    )
     features = []
     with torch.inference_mode():
         for batch in tqdm(loader, unit=f"{VIDEOS_A_BATCH} videos", desc=NETWORKS[network], disable=None, leave=False):

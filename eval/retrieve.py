@@ -17,7 +17,7 @@ import numpy as np
 from eval.features import CLIPS, Network, Run, protocol, video_features
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
-from train.loop import git_commit
+from train.runs import git_commit
 
 KS = (1, 5, 10, 20)
 

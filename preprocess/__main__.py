@@ -8,6 +8,7 @@ that could not be stored. Run the same command again after any interruption: fin
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -164,6 +165,7 @@ def check(shards: tyro.conf.Positional[Path], workers: int = 1) -> int:
 
 
 def terminate(*_: object) -> NoReturn:
+    print("terminated: run the same command again to go on", file=sys.stderr)
     sys.exit(TERMINATED)
 
 
@@ -178,7 +180,13 @@ def main() -> int:
         "synthetic": synthetic,
     }
     try:
-        return tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m preprocess", description=__doc__)
+        status = tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m preprocess", description=__doc__)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read our output has had enough (| head): end quietly, the flush at exit included.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -76,14 +76,16 @@ def convert(source: str, spool: Spool, settings: Settings) -> dict[str, Any]:
     }
 
 
-def plain(message: str, root: str) -> str:
-    """A reason without the video root and memory addresses, so that equal failures give equal bytes anywhere."""
-    text = message.replace(root.rstrip("/") + "/", "").replace(root, "")
+def plain(message: str, source: Path, path: str) -> str:
+    """A reason that names the video as the manifest does, without memory addresses: the same bytes anywhere."""
+    text = message.replace(str(source), path)
     return " ".join(re.sub(r"0x[0-9a-fA-F]+", "0x…", text).split())
 
 
 class Codec:
     """The long-lived child and its pipe."""
+
+    command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "preprocess.codec")
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
@@ -135,7 +137,7 @@ class Codec:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "preprocess.codec"],
+            [*self.command, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -154,9 +156,16 @@ class Codec:
         return f"the decoder process ended with status {status}: {lines[-1] if lines else 'no message'}"
 
 
-def _serve() -> None:
+def end_with_parent(parent: int) -> None:
+    """Have the system kill this process when its parent, whose process number is given, is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def serve(parent: int) -> None:
     """Answer one JSON line for each JSON line of a request, until the pipe closes."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed worker takes its child along
+    end_with_parent(parent)  # else it would go on writing where the next run writes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides
     # Nothing a C library prints may end up in the protocol.
     answers = os.fdopen(os.dup(1), "wb")
@@ -177,4 +186,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    serve(int(sys.argv[1]))

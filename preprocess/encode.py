@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
@@ -17,6 +18,7 @@ CONTAINER = "nut"  # FFmpeg's own container: nothing of the stream is rewritten,
 NEVER = 1_000_000_000  # a scene-change score that no frame reaches: otherwise the encoder inserts I-frames at cuts
 LAMBDA = 118  # FFmpeg's FF_QP2LAMBDA: global_quality counts in these
 MIN_DECODED = 0.9  # half an AVI decodes without any error: what a container declares is held against what came out
+NOT_VIDEO = ("tty",)  # FFmpeg renders text files as pictures
 UNSPECIFIED_MATRIX = 2
 TALLEST_SD = 576  # untagged video taller than this is BT.709 by convention, else BT.601
 
@@ -35,6 +37,16 @@ class Encoded:
     """Packets that did not decode and were skipped."""
 
 
+@dataclass
+class _Tally:
+    """What reading a stream came across, beside its frames."""
+
+    errors: list[str] = field(default_factory=list)
+    """The decoder's words on each packet that did not decode."""
+    hidden: int = 0
+    """Frames that the container declares but means not to show: cut off by an edit list, or dropped when recorded."""
+
+
 def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 25) -> Encoded:
     """Re-encode the first video stream of `source` into `target`: I P P … with an I-frame every settings.gop frames.
 
@@ -43,12 +55,15 @@ def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 
     the decoder's own words, or where fewer than 90 % of the declared frames decode.
     """
     with av.open(source, metadata_errors="ignore") as container:
-        if not container.streams.video:
+        if container.format.name in NOT_VIDEO:
+            raise ValueError("a text file, not a video")
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
             raise ValueError("no video stream")
-        stream = container.streams.video[0]
+        stream = streams[0]
         stream.codec_context.thread_count = 1
         declared = stream.frames
-        errors: list[str] = []
+        tally = _Tally()
         count = height = width = 0
         with av.open(target, "w", format=CONTAINER) as output:
             encoder = output.add_stream("mpeg4", rate=rate)
@@ -61,7 +76,7 @@ def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 
                 "sc_threshold": str(NEVER),
             }
             scaler = VideoReformatter()  # one a stream: one a frame is five times slower and grows memory
-            for frame in _decode(container, stream, errors):
+            for frame in _decode(container, stream, tally):
                 if not count:
                     height, width = frame.height, frame.width
                     if frame.rotation % 180:
@@ -73,33 +88,40 @@ def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 
             if count:
                 output.mux(encoder.encode())
         if not count:
-            raise ValueError(f"no decodable frame ({errors[0]})" if errors else "no decodable frame")
+            raise ValueError(f"no decodable frame ({tally.errors[0]})" if tally.errors else "no decodable frame")
+        declared -= tally.hidden
         if count < MIN_DECODED * declared:
-            detail = f", first error: {errors[0]}" if errors else ""
+            detail = f", first error: {tally.errors[0]}" if tally.errors else ""
             raise ValueError(f"only {count} of {declared} declared frames decode (at least 90 % must){detail}")
         fps = stream.average_rate or stream.guessed_rate or 0
-        return Encoded(count, float(fps), height, width, len(errors))
+        return Encoded(count, float(fps), height, width, len(tally.errors))
 
 
 def _decode(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, errors: list[str]
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, tally: _Tally
 ) -> Iterator[av.VideoFrame]:
     """Frames of a stream; packets that do not decode are skipped and noted, and reading ends where the file breaks."""
     packets = container.demux(stream)
+    counts_frames = container.format.name == "avi"  # its time stamps number the frames, dropped ones included
+    last: int | None = None
     while True:
         try:
             packet = next(packets)
         except StopIteration:
             return
         except av.FFmpegError as error:
-            errors.append(str(error))
+            tally.errors.append(str(error))
             # The demuxer cannot go on, but the decoder still holds frames.
             yield from stream.codec_context.decode(None)
             return
+        tally.hidden += packet.is_discard
+        if counts_frames and packet.dts is not None:
+            tally.hidden += max(0, packet.dts - last - 1) if last is not None else 0
+            last = packet.dts
         try:
             yield from packet.decode()
         except av.FFmpegError as error:
-            errors.append(str(error))
+            tally.errors.append(str(error))
 
 
 def _stretch(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: int) -> av.VideoFrame:

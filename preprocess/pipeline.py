@@ -16,18 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import joblib
 from tqdm import tqdm
 
-from preprocess.codec import Codec, CodecError, CodecLost, plain
+from preprocess.codec import Codec, CodecError, CodecLost, end_with_parent, plain
 from preprocess.manifest import Manifest
 from preprocess.shards import Failure, Origin, Settings, Shard, shard_name
 from preprocess.writer import Spool, Video, write_shard
 
 # Every library whose version can change a shard's bytes.
 LIBRARIES = ("av", "motion-vector-extractor", "simplejpeg", "h5py", "numpy")
-WORK = ".work"
 POLL_SECONDS = 0.5
 
 
@@ -43,6 +43,24 @@ class Task:
     out: Path
     origin: Origin
     time_limit: float
+
+    @property
+    def shard(self) -> Path:
+        return self.out / shard_name(self.number)
+
+    @property
+    def work(self) -> Path:
+        """Folder of what is unfinished; hidden, and one a shard, so that parts of a job array share nothing."""
+        return self.out / f".{shard_name(self.number)}.work"
+
+
+class Made(NamedTuple):
+    """What one finished task stored."""
+
+    number: int
+    videos: int
+    frames: int
+    failures: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,11 @@ def run(
     manifest, and RuntimeError where a worker is lost.
     """
     started = time.monotonic()
+    if time_limit <= 0:
+        raise ValueError(f"--time-limit is {time_limit:g}; it must be more than 0 seconds")
     manifest = Manifest.read(manifest_path)
+    # A relative name could start like an address (news: today.avi), which FFmpeg would try to reach.
+    videos = videos.absolute()
     if not videos.is_dir():
         raise ValueError(f"--videos {videos} is not a folder; it is what the manifest's paths are relative to")
     tasks = plan(manifest, videos, out, settings, videos_per_shard, time_limit)
@@ -87,27 +109,51 @@ def run(
     mine = [t for t in tasks if t.number % parts == index - 1]
     todo = [t for t in mine if _needed(t, retry_failed)]
     skipped = len(mine) - len(todo)
-    made: list[tuple[int, int, list[Failure]]] = []
+    for task in todo:
+        (task.work / "progress").unlink(missing_ok=True)  # of an earlier run
     with _progress(todo):
-        try:
-            jobs = (joblib.delayed(make_shard)(t) for t in todo)
-            made.extend(joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(jobs))
-        except joblib.externals.loky.process_executor.TerminatedWorkerError as error:
-            raise RuntimeError(
-                "a worker process was killed, probably for lack of memory: lower --workers and run the same command "
-                "again; finished shards are kept"
-            ) from error
+        made = _make(todo, workers)
     failures = write_failures(out)
-    if (out / WORK).is_dir() and not any((out / WORK).iterdir()):
-        (out / WORK).rmdir()
     return Summary(
-        videos=sum(m[0] for m in made),
-        frames=sum(m[1] for m in made),
+        videos=sum(m.videos for m in made),
+        frames=sum(m.frames for m in made),
         failures=failures,
         shards_made=len(made),
         shards_skipped=skipped,
         seconds=time.monotonic() - started,
     )
+
+
+def _make(todo: list[Task], workers: int) -> list[Made]:
+    """Every task, in `workers` processes. One killed process breaks the whole pool; its shards are tried once more."""
+    made: dict[int, Made] = {}
+    tried_again: set[int] = set()
+    while len(made) < len(todo):
+        left = [t for t in todo if t.number not in made]
+        # More memory than one process has is the usual reason for being killed, so the message names it.
+        parallel = joblib.Parallel(
+            n_jobs=workers,
+            return_as="generator_unordered",
+            batch_size=1,
+            initializer=end_with_parent,
+            initargs=(os.getpid(),),
+        )
+        try:
+            for result in parallel(joblib.delayed(make_shard)(t) for t in left):
+                made[result.number] = result
+        except joblib.externals.loky.process_executor.TerminatedWorkerError as error:
+            hit = {t.number for t in left if t.number not in made and (t.work / "progress").exists()}
+            names = ", ".join(shard_name(n) for n in sorted(hit))
+            if hit & tried_again or not hit:
+                raise RuntimeError(
+                    f"a worker process was killed again, probably for lack of memory, while making {names}: lower "
+                    "--workers and run the same command again; finished shards are kept"
+                ) from error
+            tried_again |= hit
+            print(
+                f"a worker process was killed, probably for lack of memory; making {names} once more", file=sys.stderr
+            )
+    return list(made.values())
 
 
 def plan(
@@ -117,7 +163,7 @@ def plan(
     if videos_per_shard < 1:
         raise ValueError(f"--videos-per-shard is {videos_per_shard}; it must be at least 1")
     starts = range(0, len(manifest.paths), videos_per_shard)
-    versions = {name: version(name) for name in LIBRARIES} | {"python machine": platform.machine()}
+    versions = {name: version(name) for name in LIBRARIES} | {"machine": platform.machine()}
     origin = Origin(settings, manifest.sha256, manifest.classes, versions, len(starts))
     numbers = manifest.label_numbers
     return [
@@ -152,14 +198,13 @@ def refuse_foreign(out: Path, tasks: list[Task]) -> None:
 
 
 def _needed(task: Task, retry_failed: bool) -> bool:
-    path = task.out / shard_name(task.number)
-    return not path.exists() or (retry_failed and bool(Shard(path).failed))
+    return not task.shard.exists() or (retry_failed and bool(Shard(task.shard).failed))
 
 
-def make_shard(task: Task) -> tuple[int, int, list[Failure]]:
-    """Make one shard; returns videos stored, frames stored and failures. Runs in a worker."""
-    work = task.out / WORK / shard_name(task.number).removesuffix(".h5")
-    work.mkdir(parents=True, exist_ok=True)
+def make_shard(task: Task) -> Made:
+    """Make one shard. Runs in a worker."""
+    work = task.work
+    work.mkdir(exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,16 +227,17 @@ def make_shard(task: Task) -> tuple[int, int, list[Failure]]:
                 _tell(work, len(videos), frames, len(failures))
         write_shard(task.out, task.number, task.origin, task.first_row, len(task.paths), videos, failures, spool)
         shutil.rmtree(work)
-    return len(videos), frames, failures
+    return Made(task.number, len(videos), frames, len(failures))
 
 
 def _store(codec: Codec, task: Task, spool: Spool, row: int, path: str, label: int) -> Video | Failure:
     """One video into the spool, or why not. A decoder that dies or hangs is replaced and the video tried once more."""
     before = spool.sizes()
+    source = task.videos / path
     reason = ""
     for _ in range(2):
         try:
-            answer = codec.convert(task.videos / path, spool, task.origin.settings, task.time_limit)
+            answer = codec.convert(source, spool, task.origin.settings, task.time_limit)
             return Video(row, path, label, **answer)
         except CodecError as error:
             reason = str(error)
@@ -200,7 +246,7 @@ def _store(codec: Codec, task: Task, spool: Spool, row: int, path: str, label: i
             reason = str(error)
             spool.truncate(before)
     spool.truncate(before)
-    return Failure(row, path, plain(reason, str(task.videos)))
+    return Failure(row, path, plain(reason, source, path))
 
 
 def _tell(work: Path, videos: int, frames: int, failures: int) -> None:
@@ -218,22 +264,28 @@ def _progress(todo: list[Task]) -> Iterator[None]:
 
     def watch() -> None:
         seen: dict[int, list[int]] = {}
+        finished: set[int] = set()
         while True:
             last = done.wait(POLL_SECONDS)
             for task in todo:
-                work = task.out / WORK / shard_name(task.number).removesuffix(".h5")
+                if task.number in finished:
+                    continue
                 try:
-                    seen[task.number] = json.loads((work / "progress").read_text())
+                    seen[task.number] = json.loads((task.work / "progress").read_text())
                 except FileNotFoundError:
-                    if (task.out / shard_name(task.number)).exists():
-                        entry = seen.setdefault(task.number, [0, 0, 0])
-                        entry[0] = len(task.paths) - entry[2]
+                    if (task.number in seen or last) and task.shard.exists() and not task.work.exists():
+                        finished.add(task.number)
+                        counts = seen.setdefault(task.number, [0, 0, 0])
+                        counts[0] = len(task.paths) - counts[2]
             videos, frames, failures = (sum(s[i] for s in seen.values()) for i in range(3))
             bar.n = videos + failures
             bar.set_postfix_str(f"{frames / (time.monotonic() - started):.0f} frames/s, {failures} failed")
             if last:
                 return
 
+    if bar.disable:  # not a terminal: nothing to show, so nothing to watch
+        yield
+        return
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -246,13 +298,18 @@ def _progress(todo: list[Task]) -> Iterator[None]:
 
 def write_failures(out: Path) -> list[Failure]:
     """Collect the failure rows of every finished shard into failures.csv; returns them."""
-    failures = [f for p in sorted(out.glob("shard-*.h5")) for f in Shard(p).failed]
-    new = out / f"failures.csv.{os.getpid()}"
-    with open(new, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Failure._fields)
-        writer.writerows(failures)
-    os.replace(new, out / "failures.csv")
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # of several parts, the last to come sees every shard
+        failures = [f for p in sorted(out.glob("shard-*.h5")) for f in Shard(p).failed]
+        new = out / ".failures.csv"
+        with open(new, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(Failure._fields)
+            writer.writerows(failures)
+        os.replace(new, out / "failures.csv")
+    finally:
+        os.close(folder)
     return failures
 
 

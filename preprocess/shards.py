@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from dataclasses import asdict, dataclass, fields
@@ -71,6 +72,10 @@ SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "failed/reason": ("uint8", ("reason_bytes",)),
     "failed/reason_offset": ("int64", ("m+1",)),
 }
+ATTRIBUTES = (
+    *("format", "version", "settings", "settings_sha256", "manifest_sha256", "classes", "versions"),
+    *("shard", "shards", "first_row", "rows"),
+)
 OFFSETS = {name: name.removesuffix("_offset") for name in SCHEMA if name.endswith("_offset")}
 
 
@@ -184,63 +189,66 @@ class Shard:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._columns: dict[str, np.ndarray] = {}
         try:
             with h5py.File(self.path, "r") as f:
-                attributes = self._attributes(f)
+                self._read_attributes(f)
                 self._layout = self._read_layout(f)
-        except (OSError, RuntimeError, KeyError) as error:
+            self._check_offsets()
+        except OSError as error:
             raise ValueError(f"{self.path} cannot be read as a shard: {error}") from error
-        self.settings = Settings.from_json(attributes["settings"])
-        if attributes["settings_sha256"] != self.settings.sha256():
-            raise ValueError(f"{self.path}: the settings do not match their own hash")
-        self.origin = Origin(
-            self.settings,
-            attributes["manifest_sha256"],
-            tuple(json.loads(attributes["classes"])),
-            json.loads(attributes["versions"]),
-            int(attributes["shards"]),
-        )
-        self.number, self.first_row, self.rows = (int(attributes[k]) for k in ("shard", "first_row", "rows"))
-        self._columns: dict[str, np.ndarray] = {}
-        self._check_offsets()
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: {error}") from error  # damaged metadata surfaces as any of these
 
-    def _attributes(self, f: h5py.File) -> dict[str, Any]:
+    def _read_attributes(self, f: h5py.File) -> None:
         values = {k: v.decode() if isinstance(v, bytes) else v for k, v in f.attrs.items()}
         if values.get("format") != FORMAT:
-            raise ValueError(
-                f"{self.path} is an HDF5 file but not a shard (attribute format: {values.get('format')!r})"
-            )
+            raise ValueError(f"an HDF5 file but not a shard (attribute format: {values.get('format')!r})")
         if values.get("version") != VERSION:
             raise ValueError(
-                f"{self.path} has format version {values.get('version')}, this program reads {VERSION}: "
+                f"format version {values.get('version')}, this program reads {VERSION}: "
                 "run stage 1 again, or use the program version that wrote it"
             )
-        return values
+        missing = {*ATTRIBUTES} - {*values}
+        if missing:
+            raise ValueError(f"attributes {sorted(missing)} are missing")
+        self.settings = Settings.from_json(values["settings"])
+        if values["settings_sha256"] != self.settings.sha256():
+            raise ValueError("the settings do not match their own hash")
+        self.origin = Origin(
+            self.settings,
+            values["manifest_sha256"],
+            tuple(json.loads(values["classes"])),
+            json.loads(values["versions"]),
+            int(values["shards"]),
+        )
+        self.number, self.first_row, self.rows = (int(values[k]) for k in ("shard", "first_row", "rows"))
 
     def _read_layout(self, f: h5py.File) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """Type, shape and byte offset of every dataset, each checked before a byte is mapped."""
         size = os.path.getsize(self.path)
-        grid = Settings.from_json(f.attrs["settings"].decode()).grid
-        known: dict[str | int, int] = {"rows": grid[0], "cols": grid[1], 2: 2}
+        rows, cols = self.settings.grid
+        known: dict[str | int, int] = {"rows": rows, "cols": cols, 2: 2}
         layout = {}
         for name, (dtype, dims) in SCHEMA.items():
             for parent in (name.rpartition("/")[0], name):
                 if parent and not isinstance(f.get(parent, getlink=True), h5py.HardLink):
-                    raise ValueError(f"{self.path}: {parent} is missing or a link; shards hold plain datasets only")
+                    raise ValueError(f"{parent} is missing or a link; shards hold plain datasets only")
             data = f[name]
             if not isinstance(data, h5py.Dataset) or data.dtype != np.dtype(dtype) or data.ndim != len(dims):
-                raise ValueError(f"{self.path}: {name} is not a dataset of type {dtype} with {len(dims)} dimensions")
+                raise ValueError(f"{name} is not a dataset of type {dtype} with {len(dims)} dimensions")
             if data.chunks is not None or data.is_virtual or data.external:
-                raise ValueError(f"{self.path}: {name} is not stored contiguously inside the file")
+                raise ValueError(f"{name} is not stored contiguously inside the file")
             for dim, length in zip(dims, data.shape):
                 base = known.setdefault(dim, length)
                 if isinstance(dim, str) and dim.endswith("+1"):
                     base = known.setdefault(dim[:-2], length - 1) + 1
                 if length != base:
-                    raise ValueError(f"{self.path}: {name} has shape {data.shape}; {dim} should be {base}")
-            offset = data.id.get_offset() if data.size else 0
-            if offset is None or offset + data.size * data.dtype.itemsize > size:
-                raise ValueError(f"{self.path}: {name} lies outside the file's {size} bytes: the file is truncated")
+                    raise ValueError(f"{name} has shape {data.shape}; {dim} should be {base}")
+            count = math.prod(data.shape)
+            offset = data.id.get_offset() if count else 0
+            if offset is None or offset + count * data.dtype.itemsize > size:
+                raise ValueError(f"{name} lies outside the file's {size} bytes: the file is truncated")
             layout[name] = (dtype, data.shape, offset)
         return layout
 
@@ -249,9 +257,9 @@ class Shard:
             offsets = self[name]
             end = len(self["motion"]) if name == "videos/frame_offset" else len(self[target])
             if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
-                raise ValueError(f"{self.path}: {name} does not run from 0 to {end} without stepping back")
+                raise ValueError(f"{name} does not run from 0 to {end} without stepping back")
         if len(self.iframe_frame) and not 0 <= self.iframe_frame.min() <= self.iframe_frame.max() < len(self.motion):
-            raise ValueError(f"{self.path}: iframes/frame points outside the {len(self.motion)} frames")
+            raise ValueError(f"iframes/frame points outside the {len(self.motion)} frames")
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A column of the schema, mapped."""
@@ -259,7 +267,7 @@ class Shard:
             with open(self.path, "rb") as f:
                 mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
             for key, (dtype, shape, offset) in self._layout.items():
-                count = int(np.prod(shape))
+                count = math.prod(shape)
                 flat = np.frombuffer(mapped, dtype, count, offset) if count else np.empty(0, dtype)
                 self._columns[key] = flat.reshape(shape)
         return self._columns[name]

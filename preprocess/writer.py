@@ -116,10 +116,20 @@ def write_shard(
     if problems:
         raise OSError(f"{partial} was written but does not read back: {problems[0]}")
     sidecar = spool.folder / (path.name + ".sha256")
-    sidecar.write_text(f"{file_sha256(partial)}  {path.name}\n")
-    # The checksum goes first: a shard under its final name always has one.
+    with open(sidecar, "w") as note:
+        note.write(f"{file_sha256(partial)}  {path.name}\n")
+        note.flush()
+        os.fsync(note.fileno())
+    # The checksum goes first, so that a shard under its final name always has its own; a shard made anew leaves
+    # before its checksum does.
+    path.unlink(missing_ok=True)
     os.replace(sidecar, folder / sidecar.name)
     os.replace(partial, path)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
     return path
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -12,8 +16,13 @@ import pytest
 from preprocess import pipeline
 from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
+from train.config import Config, Networks, flatten
+from train.draws import Sampling
+from train.recipes import RECIPES
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Settings(width=176, height=144, frame_width=112, frame_height=92)
 PAN = (3, -2)
 """Displacement of the content of the panned video, pixels of the encoded frame, each frame."""
 
@@ -90,3 +99,54 @@ def real_clips() -> list[Path]:
 def real_shards(real_clips: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """Every real clip through stage 1."""
     return make_shards(tmp_path_factory.mktemp("real"), real_clips[0].parent, [c.name for c in real_clips])
+
+
+# ---- a tiny data set and a tiny run on it, for what trains and evaluates
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(folder of two shards, split manifest): 12 train and 8 test videos of 40 frames, labelled context/motion."""
+    folder = tmp_path_factory.mktemp("tiny")
+    pans = {"right": (3, -1), "left": (-3, 1)}
+    paths, labels, subsets = [], [], []
+    for number in range(20):
+        context, motion = ("a", "b")[number % 2], list(pans)[number // 2 % 2]
+        frames = panned(40, pans[motion], 144, 176, seed=number)
+        shade = np.array([255, 160, 90] if context == "a" else [90, 160, 255])
+        paths.append(
+            write_video(folder / "videos" / f"{number:02d}.mp4", (frames * (shade / 255)).astype(np.uint8)).name
+        )
+        labels.append(f"{context}/{motion}")
+        subsets.append("train" if number < 12 else "test")
+    make_shards(folder, folder / "videos", paths, labels, settings=TINY, videos_per_shard=10)
+    Manifest(tuple(paths), tuple(labels), tuple(subsets)).write(folder / "split.csv")
+    return folder / "shards", folder / "split.csv"
+
+
+def tiny_config(**changes: Any) -> Config:
+    """A run that takes about two seconds: six steps an epoch on the videos of `tiny`."""
+    small = replace(
+        RECIPES["small"](),
+        networks=Networks("r3d10", 4, 4, 4, predictor_width=16, head_hidden=16, head_out=8),
+        sampling=Sampling(frames=8, stride=2),
+        size=32,
+        batch_size=2,
+        epochs=3,
+    )
+    return replace(small, **changes)
+
+
+def train_command(tiny: tuple[Path, Path], out: Path, config: Config, *options: str) -> list[str]:
+    """`python -m train small …`, to be run in ROOT, with the flags that make it train `config`."""
+    usual, flags = flatten(asdict(RECIPES["small"]())), []
+    for key, value in flatten(asdict(config)).items():
+        if value != usual[key]:
+            flags += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    paths = ["--shards", str(tiny[0]), "--manifest", str(tiny[1]), "--out", str(out), "--device", "cpu"]
+    return [sys.executable, "-m", "train", "small", *paths, *flags, *options]
+
+
+def one_thread() -> dict[str, str]:
+    """Environment of a subprocess that computes in one thread, as bitwise comparisons and busy machines want."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}

@@ -84,7 +84,7 @@ def test_sizes_inside_a_26_layer_network(build: Callable[[], ResNet]) -> None:
     assert seen == [(64, 16, 28, 28), (256, 16, 28, 28), (512, 8, 14, 14), (1024, 4, 7, 7), (2048, 2, 4, 4)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 33), st.integers(16, 130), st.integers(16, 130), st.sampled_from([1, 2]))
 def test_grids_are_those_of_the_maps(frames: int, height: int, width: int, stride: int) -> None:
     resnet = on_meta(lambda: r3d10(width=2, stem_stride=stride))
@@ -350,21 +350,62 @@ def test_3d_networks_see_the_order_of_frames() -> None:
         assert not torch.allclose(ahead, back, rtol=1e-3)
 
 
+def convolved(w: dict[str, Tensor], name: str, x: Tensor, time: int = 1, space: int = 1) -> Tensor:
+    """The convolution called `name`, of any kind, with these strides; its padding follows from its weight."""
+    if f"{name}.3.weight" in w:  # factored: space, norm, ReLU, time
+        x = convolved(w, f"{name}.0", x, space=space)
+        return convolved(w, f"{name}.3", normed(w, f"{name}.1", x).clamp(min=0), time=time)
+    weight = w[f"{name}.weight"]
+    return F.conv3d(x, weight, stride=(time, space, space), padding=tuple(size // 2 for size in weight.shape[2:]))
+
+
+def normed(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Batch norm at evaluation of a fresh network, whose running mean is 0 and running variance 1."""
+    scale, shift = (w[f"{name}.{part}"][:, None, None, None] for part in ("weight", "bias"))
+    return x / (1 + 1e-5) ** 0.5 * scale + shift
+
+
+@pytest.mark.parametrize(
+    ("build", "time", "space"),
+    [(r3d26, 2, 2), (r2plus1d26, 2, 2), (r2d10, 1, 2), (lambda width: r3d10(width=width, stem_stride=1), 2, 1)],
+)
+def test_residual_networks_equal_their_layers_one_by_one(build: Callable[..., ResNet], time: int, space: int) -> None:
+    torch.manual_seed(0)
+    network = wake(build(width=2)).double().eval()
+    w = network.state_dict()
+    x = torch.randn(1, 3, 8, 40, 52, dtype=torch.float64)
+    expected = normed(w, "stem.1", convolved(w, "stem.0", x, space=space)).clamp(min=0)
+    expected = F.pad(expected, (1, 1, 1, 1)).unfold(3, 3, 2).unfold(4, 3, 2).amax((-2, -1))  # zeros: after a ReLU
+    for layer in ("layer1", "layer2", "layer3", "layer4"):
+        strides = (1, 1) if layer == "layer1" else (time, 2)
+        for block in range(len(getattr(network, layer))):
+            name, shortcut, step = f"{layer}.{block}", expected, strides if block == 0 else (1, 1)
+            if f"{name}.shortcut.0.weight" in w:
+                shortcut = normed(w, f"{name}.shortcut.1", convolved(w, f"{name}.shortcut.0", expected, *step))
+            if f"{name}.conv3.weight" in w:  # Bottleneck: the second convolution carries the stride
+                inner = normed(w, f"{name}.norm1", convolved(w, f"{name}.conv1", expected)).clamp(min=0)
+                inner = normed(w, f"{name}.norm2", convolved(w, f"{name}.conv2", inner, *step)).clamp(min=0)
+                branch = convolved(w, f"{name}.conv3", inner)
+            else:  # BasicBlock: the first
+                inner = normed(w, f"{name}.norm1", convolved(w, f"{name}.conv1", expected, *step)).clamp(min=0)
+                branch = convolved(w, f"{name}.conv2", inner)
+            expected = (normed(w, f"{name}.last_norm", branch) + shortcut).clamp(min=0)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
+
+
 def test_c3d_equals_its_layers_one_by_one() -> None:
     torch.manual_seed(0)
     network = wake(C3D(width=2)).double().eval()
+    w = network.state_dict()
     x = torch.randn(1, 3, 16, 32, 48, dtype=torch.float64)
     expected = x
     pools = {"conv1": (1, 2, 2), "conv2": (2, 2, 2), "conv3b": (2, 2, 2), "conv4b": (2, 2, 2)}
     for name in ("conv1", "conv2", "conv3a", "conv3b", "conv4a", "conv4b", "conv5a", "conv5b"):
-        convolution, norm, _ = getattr(network, name)
-        expected = F.conv3d(expected, convolution.weight, padding=1)
-        # At evaluation of a fresh network the running mean is 0 and the running variance 1.
-        shift, scale = norm.bias[:, None, None, None], norm.weight[:, None, None, None]
-        expected = (expected / (1 + norm.eps) ** 0.5 * scale + shift).clamp(min=0)
+        expected = normed(w, f"{name}.1", convolved(w, f"{name}.0", expected)).clamp(min=0)
         if name in pools:
-            t, h, w = pools[name]
-            expected = expected.unfold(2, t, t).unfold(3, h, h).unfold(4, w, w).amax((-3, -2, -1))
+            t, h, v = pools[name]
+            expected = expected.unfold(2, t, t).unfold(3, h, h).unfold(4, v, v).amax((-3, -2, -1))
     with torch.no_grad():
         torch.testing.assert_close(network(x), expected)
 

@@ -74,9 +74,6 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-# --- crossed ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_default_crosses_contexts_and_motions_in_equal_numbers() -> None:
     specs = Scenes().specs()
     assert [scene.subset for scene in specs] == ["train"] * 288 + ["test"] * 360
@@ -94,7 +91,8 @@ def test_any_size_is_balanced(contexts: int, motions: int, train: int, test: int
     specs = replace(SMALL, contexts=contexts, motions=motions, train=train * cells, test=test * cells).specs()
     for subset, each in (("train", train), ("test", test)):
         counts = Counter((scene.context, scene.motion) for scene in specs if scene.subset == subset)
-        assert set(counts.values()) <= {each} and len(counts) == (cells if each else 0)
+        crossed = {(context, motion) for context in list(CONTEXTS)[:contexts] for motion in list(MOTIONS)[:motions]}
+        assert counts == (dict.fromkeys(crossed, each) if each else {})
 
 
 def test_pixels_are_a_function_of_seed_subset_and_index() -> None:
@@ -208,6 +206,14 @@ def test_steps_are_even_and_turn_as_the_motion_says(seed: int, index: int, motio
         assert 16 <= length[0] / abs(turned[0]) <= 24
 
 
+@pytest.mark.parametrize("motion", ["clockwise", "anticlockwise"])
+def test_turning_sprites_set_out_in_every_direction(motion: str) -> None:
+    steps = np.stack([np.diff(track(Scene(SMALL, "train", i, "dunes", motion))[:2, 0], axis=0)[0] for i in range(400)])
+    counts = np.histogram(np.arctan2(steps[:, 1], steps[:, 0]), bins=8, range=(-math.pi, math.pi))[0]
+    # Chi-square with 7 degrees of freedom: 29.9 is exceeded once in 10,000.
+    assert ((counts - 50) ** 2 / 50).sum() < 29.9
+
+
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_the_pixels_move_as_labelled(motion: str) -> None:
     """Read off the pixels alone, without the track."""
@@ -252,6 +258,7 @@ def test_a_drifting_camera_moves_the_background_alone() -> None:
         frames = render(scene)
         half, whole = (seen_displacement(frames[0], frames[t], reach=13) for t in (6, 12))
         assert 0 < np.hypot(*whole) < 13 and np.abs(whole - 2 * half).max() <= 2
+        assert frames.max() <= frames[0].max() and frames.min() >= frames[0].min()  # as between pixels of frame 0
         seen.add(tuple(whole))
         with_sprites = replace(scene, scenes=replace(scene.scenes, sprites=2))
         assert np.array_equal(track(with_sprites), track(replace(with_sprites, scenes=SMALL)))
@@ -279,9 +286,6 @@ def test_an_mpeg4_encoder_finds_the_motion(tmp_path: Path) -> None:
     assert total > 200 and right / total > 0.95
 
 
-# --- sprites ---------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=20, deadline=None)
 @given(index=st.integers(0, 9999), size=st.floats(8, 40), saturation=st.floats(0, 1))
 def test_sprites_are_whole_and_as_large_as_asked(index: int, size: float, saturation: float) -> None:
@@ -296,9 +300,6 @@ def test_sprites_are_whole_and_as_large_as_asked(index: int, size: float, satura
             assert 0.7 * size < (clear.min(axis) < 0.5).sum() <= size + 1
         if saturation == 0:
             assert np.ptp(colour, axis=2).max() < 1e-3
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_files_hold_the_scenes_whatever_the_number_of_workers(tmp_path: Path) -> None:
@@ -317,6 +318,7 @@ def test_files_hold_the_scenes_whatever_the_number_of_workers(tmp_path: Path) ->
         assert np.abs(grey(frames) - grey(render(scene))).mean() < 3
     with av.open(str(tmp_path / "one" / manifest.paths[0])) as container:
         assert container.streams.video[0].average_rate == 25
+        assert [frame.time for frame in container.decode(video=0)] == pytest.approx(np.arange(13) / 25)
 
 
 def test_writing_again_finishes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ goes on where a run was interrupted. torchrun spreads it over GPUs and machines.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,42 +47,59 @@ def list_recipes() -> None:
 
 
 def main(argv: list[str]) -> int:
+    try:
+        status = run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{process()}error: {error}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print(f"{process()}interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(argv: list[str]) -> int:
     from train.recipes import RECIPES
 
     if argv[:1] == ["--list"]:
         list_recipes()
         return DONE
     if not argv or argv[0] not in RECIPES:
-        print(__doc__, file=sys.stderr)
-        print(f"recipes: {', '.join(RECIPES)}\npython -m train RECIPE --help shows every setting", file=sys.stderr)
-        if argv and argv[0] not in ("-h", "--help"):
+        helping = argv[:1] in (["-h"], ["--help"])
+        to = sys.stdout if helping else sys.stderr
+        print(__doc__, file=to)
+        print(f"recipes: {', '.join(RECIPES)}\npython -m train RECIPE --help shows every setting", file=to)
+        if argv and not helping:
             print(f"error: no recipe is called {argv[0]!r}", file=sys.stderr)
-        return DONE if argv and argv[0] in ("-h", "--help") else USAGE
+        return DONE if helping else USAGE
     recipe = RECIPES[argv[0]]
     missing = tyro.MISSING
     default = Arguments(shards=missing, manifest=missing, out=missing, config=recipe())
-    try:
-        a = tyro.cli(
-            Arguments, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.__doc__
-        )
-        from preprocess.manifest import Manifest
-        from train.loop import Terminated, train
+    a = tyro.cli(
+        Arguments, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.__doc__
+    )
+    from preprocess.manifest import Manifest
+    from train.loop import Terminated, train
 
-        rows = Manifest.read(a.manifest)
-        if a.subset != "all":
-            rows = rows.subset(a.subset)
-        try:
-            train(a.config, a.runtime, a.shards, rows, a.out, argv[0])
-        except Terminated as stop:
-            print(f"terminated: {stop}", file=sys.stderr)
-            return TERMINATED
-        return DONE
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ERROR
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
+    rows = Manifest.read(a.manifest)
+    if a.subset != "all":
+        rows = rows.subset(a.subset)
+    try:
+        train(a.config, a.runtime, a.shards, rows, a.out, argv[0])
+    except Terminated as stop:
+        print(f"{process()}terminated: {stop}", file=sys.stderr)
+        return TERMINATED
+    return DONE
+
+
+def process() -> str:
+    """Which of several processes speaks, before what it says; nothing for the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
 
 
 if __name__ == "__main__":

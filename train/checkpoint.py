@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,53 @@ from torch import nn
 
 FORMAT = "context-motion-checkpoint"
 VERSION = 1
+KEYS: dict[str, type | tuple[type, ...]] = {"model": dict, "config": str, "step": int, "epoch": (int, float)}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; where writing fails (disk full), the one before it stays. JSON beside it says
-    what is inside."""
+    """Write a checkpoint atomically, and JSON beside it that says what is inside.
+
+    Raises OSError where writing fails (disk full); the checkpoint before it stays.
+    """
     partial = path.with_name(path.name + ".partial")
+    readable = {k: v for k, v in state.items() if isinstance(v, int | float | str)}
     try:
         with open(partial, "wb") as f:
             torch.save({"format": FORMAT, "version": VERSION} | state, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
+        partial.write_text(json.dumps(readable, indent=1) + "\n")
+        os.replace(partial, path.with_suffix(".json"))
+    except (OSError, RuntimeError) as error:  # torch's writer turns some failed writes into RuntimeError
+        raise OSError(
+            f"{path} could not be written ({error}); the checkpoint before it is kept. Make room and run the same "
+            "command again"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
-    readable = {k: v for k, v in state.items() if isinstance(v, int | float | str)}
-    path.with_suffix(".json").write_text(json.dumps(readable, indent=1) + "\n")
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint: tensors and plain values only, never code. Raises ValueError saying why it is refused."""
     if not path.exists():
         raise ValueError(f"{path} does not exist: has the run been started, and saved its first epoch?")
+    if not zipfile.is_zipfile(path):  # a zip file ends with its table of contents
+        raise ValueError(f"{path} is truncated, or no checkpoint at all")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it holds more than tensors and plain values ({error})") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+        reason = next((text for text in str(error).splitlines() if "GLOBAL" in text), "").strip()
+        raise ValueError(f"{path} is refused: it holds more than tensors and plain values. {reason}".strip()) from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read, it may be damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this program")
     if state.get("version") != VERSION:
         raise ValueError(f"{path} has checkpoint version {state.get('version')}; this program reads {VERSION}")
+    wrong = [key for key, kind in KEYS.items() if not isinstance(state.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{path} is not a whole checkpoint: {', '.join(wrong)} missing or of another type")
     return state
 
 
@@ -55,3 +71,13 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise ValueError(f"{path} holds another architecture: {' '.join(lines[1:3]).strip() or lines[0]}") from error
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """The optimiser's state of a checkpoint; ValueError where it holds none, or another optimiser's."""
+    if "optimiser" not in state:
+        raise ValueError(f"{path} holds weights alone, from which no run goes on; restore the run's own checkpoint")
+    try:
+        optimiser.load_state_dict(state["optimiser"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} holds another optimiser's state: {error}") from error

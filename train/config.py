@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from train.draws import Cropping, Photometric, Sampling
+from train.draws import Cropping, Photometric, Sampling, at_least
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("size", "motion_size", "batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -130,6 +130,10 @@ class Runtime:
     """Steps between checkpoints; one is also saved after each epoch."""
     keep_epochs: tuple[int, ...] = ()
     """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50 120)."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_steps", 1)):
+            at_least(name, getattr(self, name), least)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

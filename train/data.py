@@ -96,7 +96,7 @@ class PretrainSet(Dataset[Sample]):
         shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
         start, stride, window = draw_clip(rng, frames, s, iframes)
         iframe = draw_iframe(rng, iframes, start, start + s.span(stride) - 1, s.iframe_reach)
-        windows = [window, *draw_negatives(rng, frames, window, s, iframes).tolist()]
+        windows = [window, *draw_negatives(rng, frames, window, s, iframes)]
         width, height = shard.settings.width, shard.settings.height
         boxes = np.stack([draw_box(rng, self.cropping, width, height) for _ in range(s.negatives + 2)])
         flips = rng.random(s.negatives + 2) < self.cropping.flip
@@ -314,13 +314,14 @@ def _extent(shards: ShardSet, video: int) -> tuple[Shard, int, int, np.ndarray, 
     """(shard, first frame, frames, I-frames counted within the video, first I-frame) of a video."""
     shard, i = shards.locate(video)
     first, end = shard.frame_offset[i : i + 2].tolist()
-    low, high = np.searchsorted(shard.iframe_frame, (first, end)).tolist()
+    low, high = int(shard.iframe_frame.searchsorted(first)), int(shard.iframe_frame.searchsorted(end))
     return shard, first, end - first, shard.iframe_frame[low:high] - first, low
 
 
 def _generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     # numpy pads entropy with zeros, so (seed, epoch, 0) would be the stream that shuffles the epoch.
-    return np.random.default_rng([seed, epoch, 1 + index])
+    # This is what default_rng makes of it, in a third of the time.
+    return np.random.Generator(np.random.PCG64([seed, epoch, 1 + index]))
 
 
 def _some(texts: list[str]) -> str:

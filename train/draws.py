@@ -62,6 +62,14 @@ class Sampling:
         span = self.span(stride)
         return span + self.gap + self.motion_frames if self.period == "future" else max(span, self.motion_frames)
 
+    def window(self, start: int, stride: int, frames: int) -> int:
+        """First frame of the positive motion window of the clip at `start`, in a video of `frames` frames."""
+        if self.period == "future":
+            return start + self.span(stride) + self.gap
+        # A clip shorter than the window may lie too near an end of the video to be its middle.
+        middle = start + (self.span(stride) - self.motion_frames) // 2
+        return min(max(middle, 0), frames - self.motion_frames)
+
     def needed(self, stride: int) -> int:
         """Least frames of a video that can serve at this stride, whatever start is drawn."""
         ahead = self.extent(stride) - self.motion_frames
@@ -149,38 +157,39 @@ def draw_clip(
             f"a video of {frames} frames cannot serve: {sampling.frames} frames, a gap of {sampling.gap} and "
             f"{sampling.motion_frames} motion maps need {sampling.needed(1)} at stride 1; drop it"
         )
-    starts = np.arange(frames - sampling.extent(stride) + 1)
-    if sampling.period == "future":
-        windows = starts + sampling.span(stride) + sampling.gap
-    else:
-        middle = starts + (sampling.span(stride) - sampling.motion_frames) // 2
-        windows = np.clip(middle, 0, frames - sampling.motion_frames)
+    starts = frames - sampling.extent(stride) + 1
     if sampling.avoid_iframes:
-        clear = _clearest(windows, sampling.motion_frames, iframes)
-        starts, windows = starts[clear], windows[clear]
-    drawn = int(rng.integers(len(starts)))
-    return int(starts[drawn]), stride, int(windows[drawn])
+        windows = np.array([sampling.window(s, stride, frames) for s in range(starts)])
+        start = int(rng.choice(_clearest(windows, sampling.motion_frames, iframes)))
+    else:
+        start = int(rng.integers(starts))
+    return start, stride, sampling.window(start, stride, frames)
 
 
 def draw_negatives(
     rng: Generator, frames: int, window: int, sampling: Sampling, iframes: np.ndarray | None = None
-) -> np.ndarray:
-    """First frames of the negative motion windows, int64 (K,); none overlaps the positive one, at `window`.
+) -> list[int]:
+    """First frames of the K negative motion windows; none overlaps the positive one, which starts at `window`.
 
     They are distinct where the video has room for that many starts, and avoid I-frames as `draw_clip` does.
 
     Raises ValueError where no window fits beside the positive one.
     """
     length = sampling.motion_frames
-    starts = np.concatenate([np.arange(window - length + 1), np.arange(window + length, frames - length + 1)])
-    if sampling.negatives and not len(starts):
+    before, after = max(window - length + 1, 0), max(frames - window - 2 * length + 1, 0)
+    if sampling.negatives and not before + after:
         raise ValueError(
             f"a video of {frames} frames has no second window of {length} beside the one at {window}; "
             "choose fewer motion_frames, or negatives=0"
         )
+    beside = window + length - before  # the starts are 0 to before - 1, then go on behind the positive window
+    choice: int | np.ndarray = before + after
     if sampling.avoid_iframes:
-        starts = starts[_clearest(starts, length, iframes)]
-    return rng.choice(starts, sampling.negatives, replace=len(starts) < sampling.negatives).astype(np.int64)
+        starts = np.arange(before + after)
+        choice = _clearest(starts + beside * (starts >= before), length, iframes)
+    count = choice if isinstance(choice, int) else len(choice)
+    drawn = rng.choice(choice, sampling.negatives, replace=count < sampling.negatives)
+    return [n if n < before else n + beside for n in drawn.tolist()]
 
 
 def draw_iframe(rng: Generator, iframes: np.ndarray, first: int, last: int, reach: int) -> int:
@@ -189,7 +198,7 @@ def draw_iframe(rng: Generator, iframes: np.ndarray, first: int, last: int, reac
     Uniform over those from `reach` frames before the clip to `reach` after it. With one I-frame every 12 frames a clip
     of 61 always has several; where a longer GOP leaves none, the one nearest the clip's middle.
     """
-    low, high = np.searchsorted(iframes, [first - reach, last + reach + 1])
+    low, high = iframes.searchsorted(first - reach), iframes.searchsorted(last + reach, "right")
     return int(rng.integers(low, high)) if low < high else nearest(iframes, (first + last) / 2)
 
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +19,7 @@ from tqdm import tqdm
 
 from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
-from train import augment, checkpoint, distributed
+from train import augment, checkpoint, distributed, runs
 from train.config import Config, Optimiser, Runtime
 from train.data import EpochSampler, PretrainSet
 from train.model import PretrainingModel
@@ -37,67 +32,75 @@ class Terminated(Exception):
     """SIGTERM came; everything is saved."""
 
 
+@contextmanager
+def leaving_cleanly() -> Iterator[None]:
+    """However a run ends, leave the process group and give SIGTERM back; errors of a loader's worker in one line."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with explaining_workers():
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        distributed.stop()
+
+
+@leaving_cleanly()
 def train(
     config: Config, runtime: Runtime, shards: Path, manifest: Manifest, out: Path, recipe: str = ""
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Pretrain, or go on from out/checkpoint.pt; returns the last line of metrics.
 
     Everything random is a function of (seed, epoch, video) or (seed, step), so a run that was killed ends as one that
     was not. Raises ValueError where `out` holds another run, FloatingPointError naming the step where the loss is not
-    finite (the last good checkpoint stays), Terminated after SIGTERM.
+    finite (the last good checkpoint stays), OSError where saving fails (likewise), Terminated after SIGTERM.
     """
     device = distributed.start(torch.device(choose_device(runtime.device)))
-    main = distributed.rank() == 0
+    main, ranks = distributed.rank() == 0, distributed.world_size()
     torch.backends.cudnn.benchmark = True
     shard_set = ShardSet(shards)
     data = PretrainSet(shard_set, manifest, config.sampling, config.cropping, config.photometric, config.seed)
-    sampler = EpochSampler(len(data), config.batch_size, distributed.rank(), distributed.world_size(), config.seed)
-    loader = DataLoader(
-        data,
-        batch_sampler=sampler,
-        num_workers=runtime.loader_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_one_thread,
-    )
+    sampler = EpochSampler(len(data), config.batch_size, distributed.rank(), ranks, config.seed)
+    total = config.epochs * sampler.steps
+    runs.claim(out, config, manifest, shard_set, recipe, write=main)
     torch.manual_seed(config.seed)
     # Channels last is what the convolutions compute in, on CPUs and on tensor cores alike.
     model = PretrainingModel(config).to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     distributed.synchronise_batch_norm(model)
     optimiser = make_optimiser(config.optimiser, model, device)
     step = 0
-    if main:
-        begin(out, config, manifest, shard_set, recipe)
+    pending: list[
+        Tensor
+    ] = []  # a row of numbers for each step since the last line, fetched from the device once a line
     saved = out / "checkpoint.pt"
     if saved.exists():
         state = checkpoint.load(saved, device)
-        if state["config"] != config.to_json():
-            differences = config.differences(Config.from_json(state["config"]))
-            raise ValueError(f"{out} holds another run ({'; '.join(differences)}): choose another --out")
+        runs.refuse_another(out, Config.from_json(state["config"]), config)
         checkpoint.load_weights(model, state["model"], saved)
-        optimiser.load_state_dict(state["optimiser"])
-        step = int(state["step"])
-    total = config.epochs * sampler.steps
+        checkpoint.load_optimiser(optimiser, state, saved)
+        step, pending = state["step"], state["pending"]
+    loader = DataLoader(
+        data,
+        batch_sampler=schedule(sampler, step, total),
+        num_workers=runtime.loader_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
+    )
+    network: nn.Module = torch.compile(model) if runtime.compile else model  # type: ignore[assignment]
+    if ranks > 1:
+        network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
     if main:
         say(data, sampler, model, device, step, total)
-        metrics = Metrics(out / "metrics.jsonl", step)
-    network: nn.Module = torch.compile(model) if runtime.compile else model  # type: ignore[assignment]
-    if distributed.world_size() > 1:
-        network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+        metrics = runs.Metrics(out / "metrics.jsonl", step)
+    line: dict[str, Any] = metrics.last if main else {}
     stop = Flag(signal.SIGTERM)
-    bar = tqdm(total=total, initial=step, unit="step", disable=None if main else True)
-    pending: list[Tensor] = []  # one row of numbers a step, fetched from the device once a line
-    line: dict[str, float] = {}
-    waited, since = 0.0, time.monotonic()
+    batches = iter(loader)
+    waited, since, first = 0.0, time.monotonic(), step
     model.train()
-    while step < total:
-        sampler.start_at(step // sampler.steps, step % sampler.steps)
-        batches = iter(loader)
-        while True:
+    with tqdm(total=total, initial=step, unit="step", disable=None if main else True) as bar:
+        while step < total:
             asked = time.monotonic()
-            batch = next(batches, None)
+            batch = next(batches)
             waited += time.monotonic() - asked
-            if batch is None:
-                break
             torch.manual_seed(step_seed(config.seed, step, distributed.rank()))  # dropout
             rate = learning_rate(config, step, sampler.steps)
             for group in optimiser.param_groups:
@@ -113,35 +116,39 @@ def train(
             bar.update()
             pending.append(torch.stack([loss.detach(), *context, *motion, norm]).detach().float())
             end_of_epoch = step % sampler.steps == 0
-            saving = end_of_epoch or step % runtime.checkpoint_steps == 0 or stop.raised
-            if saving or step % runtime.log_steps == 0 or step == total:
+            saving = end_of_epoch or step % runtime.checkpoint_steps == 0
+            writing = saving or step % runtime.log_steps == 0
+            # One process looks for SIGTERM after every step. Several must leave together: they ask at every line.
+            terminated = stop.raised if ranks == 1 else writing and stop.raised_anywhere(device)
+            if writing or terminated:
                 # The only place that waits for the device, and always before a checkpoint replaces a good one.
                 rows = distributed.mean_over_ranks(torch.stack(pending)).cpu().numpy()
-                check_finite(rows[:, 0], step)
+                check_finite(rows, step)
+            if writing:
                 elapsed = time.monotonic() - since
                 line = {"step": step, "epoch": round(step / sampler.steps, 4), "lr": rate}
                 line |= summarise(rows, config.objective.alpha)
                 line |= {
-                    "clips_per_second": len(rows) * config.batch_size / elapsed,
+                    "clips_per_second": (step - first) * config.batch_size / elapsed,
                     "waiting": waited / elapsed,
                 }
-                pending, waited, since = [], 0.0, time.monotonic()
+                pending = []
                 if main:
                     metrics.write(line)
                     bar.set_postfix_str(dense(line))
-            if saving and main:
-                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+                    if bar.disable and end_of_epoch:  # not a terminal: a line an epoch for the log
+                        print(dense(line), flush=True)
+            if (saving or terminated) and main:
+                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "pending": pending}
                 state |= {"config": config.to_json(), "step": step, "epoch": step / sampler.steps}
-                checkpoint.save(saved, state)
                 epoch = step // sampler.steps
-                if end_of_epoch and epoch in runtime.keep_epochs:
-                    del state["optimiser"]
-                    checkpoint.save(out / f"epoch-{epoch:04d}.pt", state)
-                since = time.monotonic()
-            if stop.raised:
+                if end_of_epoch and epoch in runtime.keep_epochs:  # first: once checkpoint.pt is there it is not redone
+                    checkpoint.save(out / f"epoch-{epoch:04d}.pt", {k: v for k, v in state.items() if k != "optimiser"})
+                checkpoint.save(saved, state)
+            if terminated and step < total:
                 raise Terminated(f"saved at step {step} of {total}; the same command goes on from there")
-    bar.close()
-    distributed.stop()
+            if writing:
+                waited, since, first = 0.0, time.monotonic(), step  # the time to save counts for no line
     return line
 
 
@@ -207,14 +214,16 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def check_finite(values: np.ndarray, step: int) -> None:
-    """Raise FloatingPointError naming the first step whose loss is not finite; `values` end with that of `step`."""
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise FloatingPointError(
-            f"the loss is {values[bad[0]]} at step {step - len(values) + int(bad[0]) + 1}; the last checkpoint is "
-            "kept. Lower --optimiser.lr-per-sample, or try --precision float32"
-        )
+def check_finite(rows: np.ndarray, step: int) -> None:
+    """Raise FloatingPointError naming the first step whose loss or gradient norm (first and last column) is not finite;
+    the last of `rows` is that of `step`."""
+    for name, values in (("loss", rows[:, 0]), ("norm of the gradient", rows[:, -1])):
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise FloatingPointError(
+                f"the {name} is {values[bad[0]]} at step {step - len(values) + int(bad[0]) + 1}; the last checkpoint "
+                "is kept. Lower --optimiser.lr-per-sample, or try --precision float32"
+            )
 
 
 def summarise(rows: np.ndarray, alpha: float) -> dict[str, float]:
@@ -240,28 +249,6 @@ def dense(line: dict[str, float]) -> str:
     )
 
 
-class Metrics:
-    """JSON lines; on a restart the lines after the checkpoint are dropped, since those steps run again."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.exists():
-            for text in path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:  # the line that a kill cut short
-                    break
-                if line["step"] <= step:
-                    kept.append(text)
-        new = path.with_name(path.name + ".new")
-        new.write_text("".join(f"{t}\n" for t in kept))
-        os.replace(new, path)
-        self._file = open(path, "a", buffering=1)
-
-    def write(self, line: dict[str, float]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-
-
 class Flag:
     """Remembers that a signal came, so that the step in progress can end."""
 
@@ -272,40 +259,9 @@ class Flag:
     def _raise(self, *_: object) -> None:
         self.raised = True
 
-
-def begin(out: Path, config: Config, manifest: Manifest, shards: ShardSet, recipe: str) -> None:
-    """Write run.json, what made this run: config, seed, versions, hashes."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "run.json"
-    if path.exists():
-        return
-    values: dict[str, Any] = {
-        "recipe": recipe,
-        "config": json.loads(config.to_json()),
-        "config_sha256": config.sha256(),
-        "manifest_sha256": manifest.sha256,
-        "shards_sha256": shards.sha256(),
-        "shards_settings": asdict(shards.settings),
-        "commit": git_commit(),
-        "command": " ".join(sys.argv),
-        "versions": {name: version(name) for name in ("torch", "numpy", "h5py", "simplejpeg", "kornia")},
-        "python": platform.python_version(),
-    }
-    new = path.with_name("run.json.new")
-    new.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(new, path)
-
-
-def git_commit() -> str:
-    """Commit of this program's checkout, with + where it was changed; empty where it is not a checkout."""
-    try:
-        here = Path(__file__).resolve().parent
-        run = {"cwd": here, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
-        return commit + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    def raised_anywhere(self, device: torch.device) -> bool:
+        """Whether it came to any of the processes: the same answer in all of them, which must all ask."""
+        return bool(distributed.mean_over_ranks(torch.tensor(float(self.raised), device=device)) > 0)
 
 
 def say(
@@ -321,5 +277,35 @@ def say(
     )
 
 
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+def schedule(sampler: EpochSampler, step: int, total: int) -> Iterator[list[tuple[int, int]]]:
+    """Batches `step` to `total` of a run, through its epochs, so that the loader does not pause where one ends."""
+    while step < total:
+        sampler.start_at(*divmod(step, sampler.steps))
+        step += len(sampler)
+        yield from sampler
+
+
+def leave_signals_to_parent(_: int) -> None:
+    """For a loader's worker: Ctrl-C, and schedulers that stop a job, signal every process of it. The training process
+    alone decides when to end, and its workers with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def explaining_workers() -> Iterator[None]:
+    """What went wrong in a loader's worker in one line, where torch gives the traceback; a worker that died, as
+    ChildProcessError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "in DataLoader worker process" not in str(error):
+            raise
+        raise ValueError(str(error).rstrip().splitlines()[-1].partition(": ")[2]) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            f"{str(error).strip()} It is a process that decodes samples; probably memory ran out, or shared memory "
+            "(/dev/shm): use fewer of them, --loader-workers, or a smaller batch"
+        ) from error

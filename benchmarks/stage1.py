@@ -1,0 +1,337 @@
+"""python -m benchmarks.stage1 --clips FOLDER_OR_FILE...
+
+Takes three to four minutes on two idle CPU cores (--quick: half a minute) and ends with four Markdown tables: speed a
+source, scaling to two workers, peak memory over the number of videos, and what Kinetics-400 would take on 64 cores.
+Three ways through the same clips, each a process of its own, in turns (limit usual ours limit usual ours ...):
+
+limit   decode, scale to 340x256, encode as MPEG-4, decode again with motion vectors exported; one thread, nothing else
+usual   ffmpeg's command line as CoViAR runs it, then mvextractor; a JPEG file and a .npy file of vectors a frame
+ours    preprocess.pipeline.run with one worker, from the manifest to verified shards with their checksums
+
+CPU time is user and system time of a way's whole process tree: the ffmpeg processes and the codec subprocess count. Clips
+are repeated under other names until --frames frames run. What a process costs before its first frame (interpreter,
+imports; in ours also a codec subprocess, started once a shard) is measured in the same turns on a clip of one frame,
+taken off and shown in a column of its own. Figures are medians over the turns, ratios are medians of each turn's ratio.
+Clips are grouped by codec: Xvid is what UCF101 comes in, DivX HMDB51, H.264 Kinetics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIPS = Path("../shared/data/clips")  # from the repository's root
+WAYS = ("limit", "usual", "ours")
+WIDTH, HEIGHT, GOP, QUANTISER, LAMBDA = 340, 256, 12, 2, 118
+HIGH_DEFINITION = 576  # lines; taller clips are a source of their own: decoding them outweighs all the rest
+NAMES = {"XVID": "Xvid", "DX50": "DivX", "DIVX": "DivX", "AVC1": "H.264", "H264": "H.264"}
+SHARD_VIDEOS, CORES = 128, 64
+KINETICS_VIDEOS, KINETICS_FRAMES = 246_000 + 20_000, 300  # training and validation; about 10 s at 30 frames a second
+
+
+class Clip(NamedTuple):
+    """A video file and the number of frames that it declares."""
+
+    path: Path
+    frames: int
+
+
+class Result(NamedTuple):
+    """What one measurement found: frames stored, seconds, bytes of all shards, peak memory in bytes (ours only)."""
+
+    frames: int
+    cpu: float
+    wall: float
+    size: int = 0
+    worker_peak: int = 0
+    codec_peak: int = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("--clips", type=Path, nargs="+", help=f"videos or folders of them; default {CLIPS}")
+    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--frames", type=int, default=3000, help="frames of a measurement, at least")
+    parser.add_argument("--videos", type=int, default=8, help="different clips of a source, at most")
+    parser.add_argument("--quick", action="store_true", help="one turn, 300 frames: whether it runs, not how fast")
+    parser.add_argument("--case", nargs=3, metavar=("WAY", "FOLDER", "WORKERS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(run_case(options.case[0], Path(options.case[1]), int(options.case[2]))))
+        return
+    if options.quick:
+        options.repeats, options.frames = 1, 300
+    sources = find_sources(options.clips or [ROOT / CLIPS], options.videos)
+    if not sources:
+        looked = ", ".join(str(p) for p in options.clips or [CLIPS])
+        sys.exit(f"no video in {looked}: name files or folders of real videos with --clips")
+    with tempfile.TemporaryDirectory(prefix="context-motion-") as folder:
+        empty = one_frame(Path(folder) / "one.avi")
+        ours = speed(sources, empty, options.repeats, options.frames)
+        scaling(next(iter(sources.values())), empty, options.repeats, options.frames)
+        shortest = min((c for clips in sources.values() for c in clips), key=lambda c: c.frames)
+        memory(shortest, (1, 2, 4) if options.quick else (4, 16, 64))
+    kinetics(ours)
+
+
+def find_sources(places: list[Path], most: int) -> dict[str, list[Clip]]:
+    """Clips by codec, at most so many of each, spread evenly over the names; what is not a video is left out."""
+    found: dict[str, list[Clip]] = defaultdict(list)
+    files = [f for p in places for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+    for file in files:
+        try:
+            with av.open(str(file), metadata_errors="ignore") as container:
+                stream = container.streams.video[0]
+                codec = stream.codec_context
+                name = NAMES.get(codec.codec_tag.upper(), codec.name)
+                tall = f", {codec.height} lines" if codec.height > HIGH_DEFINITION else ""
+                found[name + tall].append(Clip(file.resolve(), stream.frames or sum(1 for _ in container.decode(stream))))
+        except (av.FFmpegError, IndexError):
+            print(f"not a video, left out: {file}", file=sys.stderr)
+    order = sorted(found, key=lambda name: ("lines" in name, name != "Xvid", name))
+    return {n: [found[n][k * len(found[n]) // most] for k in range(most)] if len(found[n]) > most else found[n] for n in order}
+
+
+def one_frame(path: Path) -> Clip:
+    """A video of one frame: what it takes is what a process costs before it does anything."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        grey = np.full((HEIGHT, WIDTH, 3), 128, np.uint8)
+        output.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
+        output.mux(stream.encode())
+    return Clip(path, 1)
+
+
+# The tables
+
+
+def speed(sources: dict[str, list[Clip]], empty: Clip, repeats: int, frames: int) -> dict[str, tuple[float, float]]:
+    """The first table; returns our frames a CPU-second and bytes a frame of each source."""
+    ways = [w for w in WAYS if w != "usual" or shutil.which("ffmpeg")]
+    runs: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for _ in range(repeats):
+        for source, clips in {"": [empty], **sources}.items():
+            wanted = 1 if not source else frames // 4 if "lines" in source else frames
+            for way in ways:
+                runs[source, way].append(measure(way, repeated(clips, wanted), 1))
+    start = {way: start_up(runs["", way]) for way in ways}
+    print("Frames per CPU-second (and, in parentheses, per second), one worker\n")
+    print("| source | clips | limit | usual | ours | ours / limit | ours / usual | start-up of ours, CPU s |")
+    print("|---|" + "---:|" * 7)
+    ours = {}
+    for source, clips in sources.items():
+        cpu = {w: [r.frames / (r.cpu - start[w].cpu) for r in runs[source, w]] for w in ways}
+        wall = {w: [r.frames / (r.wall - start[w].wall) for r in runs[source, w]] for w in ways}
+        cells = [f"{median(cpu[w]):.0f} ({median(wall[w]):.0f})" if w in ways else "no ffmpeg" for w in WAYS]
+        ratio = {w: f"{median([o / x for o, x in zip(cpu['ours'], cpu[w])]):.2f}" if w in ways else "–" for w in WAYS}
+        print(
+            f"| {source} | {len(clips)} | {' | '.join(cells)} | {ratio['limit']} | {ratio['usual']} | "
+            f"{start['ours'].cpu:.2f} |"
+        )
+        last = runs[source, "ours"][-1]
+        ours[source] = (median(cpu["ours"]), last.size / last.frames)
+    typical = SHARD_VIDEOS * KINETICS_FRAMES / median([rate for rate, _ in ours.values()])
+    print(f"\nStart-up is at most {start['ours'].cpu / typical:.1%} of a shard of {SHARD_VIDEOS} videos of ten seconds.\n")
+    return ours
+
+
+def scaling(clips: list[Clip], empty: Clip, repeats: int, frames: int) -> None:
+    """The second table: two at once against one, ours and two independent processes of the limit."""
+    runs: dict[tuple[str, int, bool], list[Result]] = defaultdict(list)
+    cases = [(way, n) for n in (1, 2) for way in ("limit", "ours")]
+    for _ in range(repeats):
+        for way, n in cases:
+            runs[way, n, True].append(measure(way, [empty], n))
+        for way, n in cases:
+            runs[way, n, False].append(measure(way, repeated(clips, frames), n))
+    wall, cpu = {}, {}
+    for way, n in cases:
+        start = start_up(runs[way, n, True])
+        wall[way, n] = [r.frames / (r.wall - start.wall) for r in runs[way, n, False]]
+        cpu[way, n] = [r.frames / (r.cpu - start.cpu) for r in runs[way, n, False]]
+    print("Two workers of ours against two independent processes of the limit\n")
+    print("| | one | two | gain, limit | one | two | gain, ours | gain of ours / gain of limit |")
+    print("|---|" + "---:|" * 7)
+    for label, rate in (("frames per second", wall), ("frames per CPU-second", cpu)):
+        gain = {w: [b / a for a, b in zip(rate[w, 1], rate[w, 2])] for w in ("limit", "ours")}
+        cells = [f"{median(rate[w, 1]):.0f} | {median(rate[w, 2]):.0f} | {median(gain[w]):.2f}" for w in gain]
+        relative = median([o / x for o, x in zip(gain["ours"], gain["limit"])])
+        print(f"| {label} | {' | '.join(cells)} | {relative:.2f} |")
+    print()
+
+
+def memory(clip: Clip, counts: tuple[int, ...]) -> None:
+    """The third table: the same clip under more and more names, all in one shard."""
+    print(f"Peak memory (resident, MB) of a worker, a clip of {clip.frames} frames under so many names, one shard\n")
+    print("| videos | frames | shard | worker | codec subprocess |")
+    print("|" + "---:|" * 5)
+    for count in counts:
+        r = measure("ours", [clip] * count, 1)
+        megabytes = [f"{b / 1e6:.1f}" for b in (r.size, r.worker_peak, r.codec_peak)]
+        print(f"| {count} | {r.frames} | {' | '.join(megabytes)} |", flush=True)
+    print()
+
+
+def kinetics(ours: dict[str, tuple[float, float]]) -> None:
+    """The last table: what the measured figures make of Kinetics-400, were all of it like these clips."""
+    frames = KINETICS_VIDEOS * KINETICS_FRAMES
+    print(f"Kinetics-400, {KINETICS_VIDEOS:,} videos of {KINETICS_FRAMES} frames, on {CORES} such cores\n")
+    print("| if all were like | frames per CPU-second | bytes a frame | hours | GB |")
+    print("|---|" + "---:|" * 4)
+    for source, (rate, size) in ours.items():
+        if source.startswith("H.264") or not any(s.startswith("H.264") for s in ours):
+            hours = frames / rate / CORES / 3600
+            print(f"| {source} | {rate:.0f} | {size:.0f} | {hours:.2f} | {frames * size / 1e9:.0f} |")
+
+
+def repeated(clips: list[Clip], frames: int) -> list[Clip]:
+    """The clips over and over until so many frames are reached."""
+    rounds = -(-frames // sum(c.frames for c in clips))
+    return clips * rounds
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def start_up(runs: list[Result]) -> Result:
+    return Result(1, median([r.cpu for r in runs]), median([r.wall for r in runs]))
+
+
+# One measurement
+
+
+def measure(way: str, clips: list[Clip], workers: int) -> Result:
+    """Run one way over the clips: `workers` processes of the limit, each over all of them, or as many workers of ours."""
+    with tempfile.TemporaryDirectory(prefix="context-motion-") as scratch:
+        videos = Path(scratch) / "videos"
+        videos.mkdir()
+        copies = workers if way == "ours" else 1
+        for k, clip in enumerate(clips * copies):
+            (videos / f"{k:04d}{clip.path.suffix}").symlink_to(clip.path)
+        command = [sys.executable, "-m", "benchmarks.stage1", "--case", way, scratch, str(workers)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        begin_cpu, begin = children_cpu(), time.perf_counter()
+        processes = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
+            for _ in range(1 if way == "ours" else workers)
+        ]
+        outputs = [p.communicate()[0] for p in processes]
+        wall, cpu = time.perf_counter() - begin, children_cpu() - begin_cpu
+        if any(p.returncode for p in processes):
+            raise RuntimeError(f"{way} failed with status {[p.returncode for p in processes]}; see above")
+    answers = [json.loads(o) for o in outputs]
+    frames = sum(a.pop("frames") for a in answers)
+    print(f"{way} x {workers}: {frames} frames, {cpu:.2f} CPU s, {wall:.2f} s", file=sys.stderr, flush=True)
+    return Result(frames, cpu, wall, **answers[0])
+
+
+def children_cpu() -> float:
+    """User and system seconds of every descendant that has ended and been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run_case(way: str, scratch: Path, workers: int) -> dict[str, int]:
+    """In a process of its own: one way over scratch/videos."""
+    videos = sorted((scratch / "videos").iterdir())
+    if way == "ours":
+        return ours(scratch, len(videos) // workers, workers)
+    with tempfile.TemporaryDirectory(dir=scratch) as out:
+        return {"frames": sum((limit if way == "limit" else usual)(str(v), Path(out)) for v in videos)}
+
+
+def limit(video: str, out: Path) -> int:
+    """Nothing but the codecs: what any re-encoding with motion vectors has to do."""
+    stream = str(out / "stream.nut")
+    scaler = VideoReformatter()
+    with av.open(video, metadata_errors="ignore") as source, av.open(stream, "w") as target:
+        source.streams.video[0].codec_context.thread_count = 1
+        encoder = target.add_stream("mpeg4", rate=25)
+        encoder.width, encoder.height, encoder.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        encoder.codec_context.thread_count, encoder.codec_context.gop_size = 1, GOP
+        quality = {"flags": "+qscale", "global_quality": str(QUANTISER * LAMBDA), "sc_threshold": "1000000000"}
+        encoder.codec_context.options = quality
+        for number, frame in enumerate(source.decode(video=0)):
+            picture = scaler.reformat(frame, WIDTH, HEIGHT, "yuv420p")
+            picture.pts, picture.time_base, picture.pict_type = number, Fraction(1, 25), 0
+            target.mux(encoder.encode(picture))
+        target.mux(encoder.encode())
+    with av.open(stream) as source:
+        context = source.streams.video[0].codec_context
+        context.thread_count, context.options = 1, {"flags2": "+export_mvs"}
+        return sum(1 for _ in source.decode(video=0))
+
+
+def usual(video: str, out: Path) -> int:
+    """The command line that CoViAR's preparation runs, then what an extraction script does with mvextractor."""
+    import cv2
+    from mvextractor.videocap import VideoCap
+
+    stream = out / "stream.mp4"
+    command = ["ffmpeg", "-v", "error", "-y", "-i", video, "-vf", f"scale={WIDTH}:{HEIGHT}", "-q:v", "1"]
+    subprocess.run([*command, "-c:v", "mpeg4", "-f", "rawvideo", str(stream)], check=True, stdin=subprocess.DEVNULL)
+    folder = Path(tempfile.mkdtemp(dir=out))
+    capture = VideoCap()
+    if not capture.open(str(stream)):
+        raise RuntimeError(f"mvextractor cannot open what ffmpeg made of {video}")
+    frames = 0
+    while True:
+        ok, frame, vectors, _ = capture.read()
+        if not ok:
+            capture.release()
+            return frames
+        cv2.imwrite(str(folder / f"frame-{frames}.jpg"), frame)
+        np.save(folder / f"mvs-{frames}.npy", vectors)
+        frames += 1
+
+
+def ours(scratch: Path, videos_per_shard: int, workers: int) -> dict[str, int]:
+    """The whole of stage 1. Equal shards, so that no worker waits for another at the end."""
+    from preprocess import pipeline
+    from preprocess.manifest import Manifest
+    from preprocess.shards import Settings
+
+    settings = Settings()
+    assert (settings.width, settings.height, settings.gop, settings.quantiser) == (WIDTH, HEIGHT, GOP, QUANTISER)
+    names = tuple(sorted(v.name for v in (scratch / "videos").iterdir()))
+    Manifest(names, ("",) * len(names), ("",) * len(names)).write(scratch / "manifest.csv")
+    summary = pipeline.run(
+        scratch / "manifest.csv",
+        scratch / "videos",
+        scratch / "shards",
+        settings,
+        workers=workers,
+        videos_per_shard=videos_per_shard,
+    )
+    if summary.failures:
+        raise RuntimeError(f"{len(summary.failures)} clips failed, the first with: {summary.failures[0].reason}")
+    return {
+        "frames": summary.frames,
+        "size": sum(p.stat().st_size for p in (scratch / "shards").glob("*.h5")),
+        # Kilobytes on Linux. With one worker that is this process, and its largest child is the codec.
+        "worker_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "codec_peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }
+
+
+if __name__ == "__main__":
+    main()

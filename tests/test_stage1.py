@@ -1,0 +1,297 @@
+"""Stage 1 against oracles that share no code with it: other readers, known motion, known colours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+from conftest import make_shards, panned, write_video
+from mvextractor.videocap import VideoCap
+
+from preprocess import codec, encode, extract
+from preprocess.shards import INTRA, Settings, ShardSet
+from preprocess.writer import Spool
+
+SMALL = Settings(width=128, height=96, frame_width=96, frame_height=64)
+CLIPS = ("RATRACE", "TrumanShow", "Golf_Tips", "v_SoccerJuggling", "WUzgd7C1pWA")
+
+
+def side_data(stream: Path) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Frame type and motion vectors as PyAV exports them, frame by frame."""
+    with av.open(str(stream)) as container:
+        container.streams.video[0].codec_context.options = {"flags2": "+export_mvs"}
+        for frame in container.decode(video=0):
+            data = frame.side_data.get("MOTION_VECTORS")
+            yield av.video.frame.PictureType(frame.pict_type).name, None if data is None else data.to_ndarray()
+
+
+def naive_grid(vectors: np.ndarray | None, rows: int, cols: int) -> np.ndarray:
+    """The motion grid vector by vector, in plain arithmetic: where content went, in quarter pixels."""
+    cells = np.full((rows, cols, 2), INTRA, np.int64)
+    for vector in [] if vectors is None else vectors:
+        # The record points back to the reference, in units of 1/scale pixel; dst is the centre of a 16x16 block.
+        column, row = (int(vector["dst_x"]) - 8) / 16, (int(vector["dst_y"]) - 8) / 16
+        assert column == int(column) and row == int(row)
+        dx, dy = (Fraction(-int(vector[f"motion_{axis}"]), int(vector["motion_scale"])) for axis in "xy")
+        cells[int(row), int(column)] = 4 * dx, 4 * dy
+    return cells
+
+
+def compare_motion(source: Path, folder: Path, settings: Settings) -> int:
+    """Hold both readers of the encoded stream against each other; returns how many vectors were compared."""
+    stream = folder / "encoded.nut"
+    encoded = encode.encode(str(source), str(stream), settings)
+    capture = VideoCap()
+    capture.set_decode_frames(False)
+    assert capture.open(str(stream))
+    grids = extract.motion(str(stream), settings)
+    compared = frames = 0
+    for kind, expected in side_data(stream):
+        ok, _, raw, raw_kind = capture.read()
+        is_iframe, cells = next(grids)
+        assert ok and kind == raw_kind and is_iframe == (kind == "I")
+        assert len(raw) == (0 if expected is None else len(expected))
+        if expected is not None:
+            names = ["source", "w", "h", "src_x", "src_y", "dst_x", "dst_y", "motion_x", "motion_y", "motion_scale"]
+            np.testing.assert_array_equal(raw, np.stack([expected[n].astype(np.int64) for n in names], axis=1))
+        np.testing.assert_array_equal(cells, naive_grid(expected, *settings.grid))
+        compared += len(raw)
+        frames += 1
+    assert next(grids, None) is None and frames == encoded.frames
+    return compared
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_motion_equals_the_side_data_of_another_reader_on_real_clips(
+    name: str, real_clips: list[Path], tmp_path: Path
+) -> None:
+    clip = next(c for c in real_clips if c.name.startswith(name))
+    assert compare_motion(clip, tmp_path, Settings()) > 5000
+
+
+def test_motion_equals_the_side_data_on_a_moving_sprite(tmp_path: Path) -> None:
+    frames = np.repeat(panned(1, height=112, width=176), 40, axis=0)
+    sprite = panned(1, height=32, width=32, seed=1)[0]
+    for t, frame in enumerate(frames):
+        frame[30 + t : 62 + t, 2 * t : 2 * t + 32] = sprite
+    source = write_video(tmp_path / "sprite.mp4", frames)
+    assert compare_motion(source, tmp_path, Settings(width=176, height=112)) > 1000
+
+
+def test_a_panned_texture_yields_exactly_its_motion(panned_shards: ShardSet) -> None:
+    for video in range(len(panned_shards)):
+        shard, index = panned_shards.locate(video)
+        start, end = shard.frame_offset[index : index + 2]
+        motion = np.delete(shard.motion[start:end], np.s_[::12], axis=0)  # P-frames
+        assert len(motion) == end - start - -(-(end - start) // 12)
+        interior = motion[:, 1:-1, 1:-2]  # the border shows content that was not in the frame before
+        assert (interior == (12, -8)).all()
+
+
+def test_white_noise_does_not_yield_its_motion(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (96, 128, 3), np.uint8)
+    textures = {"noise": noise, "smooth": panned(1, height=96, width=128)[0]}
+    uniform = {}
+    for name, texture in textures.items():
+        frames = np.stack([np.roll(texture, (-2 * t, 3 * t), (0, 1)) for t in range(12)])
+        write_video(tmp_path / f"{name}.mkv", frames, "ffv1", {"level": "3"})
+        stream = tmp_path / "encoded.nut"
+        encode.encode(str(tmp_path / f"{name}.mkv"), str(stream), SMALL)
+        interior = np.stack([m for is_iframe, m in extract.motion(str(stream), SMALL) if not is_iframe])[:, 1:-1, 1:-1]
+        uniform[name] = float((interior == (12, -8)).all(axis=-1).mean())
+    assert uniform["smooth"] == 1 and uniform["noise"] < 0.5
+
+
+def test_iframes_sit_at_every_twelfth_frame_of_every_real_clip(real_shards: ShardSet, real_clips: list[Path]) -> None:
+    assert not real_shards.failed and len(real_shards) == len(real_clips)
+    for video in range(len(real_shards)):
+        shard, index = real_shards.locate(video)
+        start, end = shard.frame_offset[index : index + 2]
+        inside = shard.iframe_frame[(shard.iframe_frame >= start) & (shard.iframe_frame < end)] - start
+        assert inside.tolist() == [t for t in range(end - start) if t % 12 == 0]
+
+
+def test_hard_cuts_insert_no_iframes(tmp_path: Path) -> None:
+    scenes = [panned(1, height=96, width=128, seed=s)[0] // (1 + s % 3) for s in range(10)]
+    source = write_video(tmp_path / "cuts.mp4", np.repeat(scenes, 5, axis=0))
+    stream = tmp_path / "encoded.nut"
+    encode.encode(str(source), str(stream), SMALL)
+    assert [t for t, (kind, _) in enumerate(side_data(stream)) if kind == "I"] == [0, 12, 24, 36, 48]
+    # The encoder's own habit, which the settings switch off: without it this test would prove nothing.
+    with av.open(str(source)) as container, av.open(str(tmp_path / "usual.nut"), "w") as output:
+        usual = output.add_stream("mpeg4", rate=25)
+        usual.width, usual.height, usual.codec_context.gop_size = 128, 96, 12
+        for frame in container.decode(video=0):
+            frame.pict_type = av.video.frame.PictureType.NONE
+            output.mux(usual.encode(frame))
+        output.mux(usual.encode())
+    assert sum(kind == "I" for kind, _ in side_data(tmp_path / "usual.nut")) > 5
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.square(a.astype(float) - b).mean()))
+
+
+def test_stored_frames_look_like_the_source(real_shards: ShardSet, real_clips: list[Path]) -> None:
+    for clip, video in zip(real_clips, range(len(real_shards))):
+        shard, index = real_shards.locate(video)
+        start, count = shard.frame_offset[index], int(np.diff(shard.frame_offset)[index])
+        with av.open(str(clip), metadata_errors="ignore") as container:
+            for t, frame in enumerate(container.decode(video=0)):
+                if t not in (0, 5, 12, 30):
+                    continue
+                source = frame.to_ndarray(format="rgb24", width=228, height=172)
+                ours = simplejpeg.decode_jpeg(bytes(shard.frame_jpeg(start + t)))
+                assert ours.shape == source.shape
+                assert psnr(ours, source) > 30, (clip.name, t)
+                if t + 10 < count:  # the right frame, not a neighbour, wherever the two differ
+                    other = simplejpeg.decode_jpeg(bytes(shard.frame_jpeg(start + t + 10)))
+                    assert psnr(ours, source) > psnr(other, source) or psnr(ours, other) > 40
+                if t % 12 == 0:
+                    k = int(np.flatnonzero(shard.iframe_frame == start + t)[0])
+                    whole = simplejpeg.decode_jpeg(bytes(shard.iframe_jpeg(k)))
+                    assert psnr(whole, frame.to_ndarray(format="rgb24", width=340, height=256)) > 30
+
+
+BARS = np.array([(180, 180, 180), (180, 180, 16), (16, 180, 180), (16, 180, 16), (180, 16, 180), (180, 16, 16),
+                 (16, 16, 180), (16, 16, 16), (235, 120, 60), (255, 255, 255)])  # fmt: skip
+
+
+def bars_yuv(matrix: int, full: bool, height: int, width: int) -> np.ndarray:
+    """Colour bars as planes (3, height, width), by the textbook equations of BT.601 and BT.709."""
+    kr, kb = (0.2126, 0.0722) if matrix == 709 else (0.299, 0.114)
+    r, g, b = BARS.T / 255
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    cb, cr = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
+    scale_y, scale_c, base = (255, 255, 0) if full else (219, 224, 16)
+    planes = np.stack([base + scale_y * y, 128 + scale_c * cb, 128 + scale_c * cr]).round().clip(0, 255)
+    columns = np.arange(width) * len(BARS) // width
+    return np.repeat(planes[:, None, columns], height, axis=1).astype(np.uint8)
+
+
+COLOURS = {
+    "bt709 limited": (709, 1, False, 1, 240),
+    "bt709 full": (709, 1, True, 2, 240),
+    "bt601 limited": (601, 6, False, 1, 240),
+    "bt601 full": (601, 5, True, 2, 240),
+    "untagged small is bt601": (601, 2, False, 0, 240),
+    "untagged tall is bt709": (709, 2, False, 0, 720),
+    "tagged bt601 though tall": (601, 6, False, 1, 720),
+}
+
+
+@pytest.mark.parametrize("case", COLOURS)
+def test_colours_come_out_right(case: str, tmp_path: Path) -> None:
+    matrix, space, full, colour_range, height = COLOURS[case]
+    width = height * 4 // 3
+    planes = bars_yuv(matrix, full, height, width)
+    with av.open(str(tmp_path / "bars.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"qp": "0", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = space, colour_range
+        frame = av.VideoFrame.from_ndarray(planes, "yuv444p")
+        frame.colorspace, frame.color_range = space, colour_range
+        frame.pts, frame.time_base = 0, Fraction(1, 25)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert_bars(tmp_path / "bars.mkv", tmp_path)
+
+
+@pytest.mark.parametrize("codec_name, pix_fmt", [("ffv1", "bgr0"), ("png", "rgb24"), ("libx264rgb", "bgr24")])
+def test_rgb_sources_keep_their_colours(codec_name: str, pix_fmt: str, tmp_path: Path) -> None:
+    columns = np.arange(320) * len(BARS) // 320
+    frames = np.repeat(BARS[columns][None, None].astype(np.uint8), 240, axis=1)
+    assert_bars(write_video(tmp_path / "bars.mkv", frames, codec_name, {"qp": "0"}, pix_fmt=pix_fmt), tmp_path)
+
+
+def assert_bars(source: Path, folder: Path) -> None:
+    """Both kinds of stored picture show BARS within a few levels."""
+    answer = codec.convert(str(source), Spool(folder), Settings())
+    for kind, shape in ("frames", (172, 228)), ("iframes", (256, 340)):
+        data = (folder / kind).read_bytes()[: answer[f"{kind.removesuffix('s')}_bytes"][0]]
+        picture = simplejpeg.decode_jpeg(data).astype(int)
+        assert picture.shape == (*shape, 3)
+        centres = (2 * np.arange(len(BARS)) + 1) * shape[1] // (2 * len(BARS))
+        np.testing.assert_allclose(picture[shape[0] // 2, centres], BARS, atol=6)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_same_bytes_whatever_workers_and_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"deep/{n}.mp4" for n in range(3)] + ["deep/words.mp4", "missing.mp4", "odd: name.mkv"]
+    for seed, name in enumerate(n for n in names if "words" not in n and "missing" not in n):
+        write_video(tmp_path / "a" / name, panned(14 + seed, height=48, width=64, seed=seed))
+    (tmp_path / "a/deep/words.mp4").write_text("not a video")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/root").symlink_to(tmp_path / "a")
+    options = {"settings": SMALL, "videos_per_shard": 2}
+    make_shards(tmp_path / "one", tmp_path / "a", names, list("ababab"), **options)
+    expected = files(tmp_path / "one/shards")
+    assert sorted(expected) == ["failures.csv"] + [
+        f"shard-0000{n}.h5{end}" for n in range(3) for end in ("", ".sha256")
+    ]
+    two = make_shards(tmp_path / "two", tmp_path / "b/root", names, list("ababab"), workers=2, **options)
+    assert files(tmp_path / "two/shards") == expected
+    monkeypatch.chdir(tmp_path / "a")
+    make_shards(tmp_path / "three", Path("."), names, list("ababab"), **options)
+    assert files(tmp_path / "three/shards") == expected
+    assert two.paths == [n for n in names if "words" not in n and "missing" not in n]
+    assert [f.path for f in two.failed] == ["deep/words.mp4", "missing.mp4"]
+    assert not any(str(tmp_path).encode() in data for data in expected.values())
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: there are no extra threads to prevent")
+def test_reading_motion_starts_no_threads_and_gives_the_cores_back(tmp_path: Path) -> None:
+    stream = tmp_path / "encoded.nut"
+    encode.encode(str(write_video(tmp_path / "a.mp4", panned(5, height=96, width=128))), str(stream), SMALL)
+    cores, before = os.sched_getaffinity(0), threads()
+    reader = extract.motion(str(stream), SMALL)
+    next(reader)
+    assert threads() == before and os.sched_getaffinity(0) == cores
+    reader.close()
+    capture = VideoCap()  # what happens without the measure
+    assert capture.open(str(stream)) and capture.read()[0]
+    assert threads() > before
+    capture.release()
+    with pytest.raises(ValueError, match="cannot open"):
+        next(extract.motion(str(tmp_path / "none"), SMALL))
+    assert os.sched_getaffinity(0) == cores
+
+
+def test_a_broken_group_of_pictures_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_video(tmp_path / "a.mp4", panned(14, height=96, width=128))
+    maps = list(extract.motion(str(_encoded(source, tmp_path)), SMALL))
+    for change, words in (maps[:-1], "13 maps"), ([*maps[:3], maps[0], *maps[4:]], "breaks the group"):
+        monkeypatch.setattr(extract, "motion", lambda *_, change=change: iter(change))
+        with pytest.raises(ValueError, match=words):
+            codec.convert(str(source), Spool(tmp_path), SMALL)
+
+
+def _encoded(source: Path, folder: Path) -> Path:
+    encode.encode(str(source), str(folder / "encoded.nut"), SMALL)
+    return folder / "encoded.nut"
+
+
+@pytest.mark.parametrize("column, value", [(0, 1), (0, -2), (1, 8), (2, 8), (9, 4)])
+def test_vectors_our_encoder_does_not_make_are_refused(column: int, value: int) -> None:
+    vector = np.array([[-1, 16, 16, 24, 24, 24, 24, 0, 0, 2]])
+    assert (extract.grid(vector, SMALL)[1, 1] == 0).all()
+    changed = vector.copy()
+    changed[0, column] = value
+    with pytest.raises(ValueError, match="half-pixel, 16x16"):
+        extract.grid(changed, SMALL)
+    with pytest.raises(ValueError, match="two vectors"):
+        extract.grid(np.repeat(vector, 2, axis=0), SMALL)

@@ -1,0 +1,121 @@
+"""The folder of a run: run.json (what made it), metrics.jsonl (how it went), checkpoint.pt (train.checkpoint)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from preprocess.manifest import Manifest
+from preprocess.shards import ShardSet
+from train.config import Config, flatten
+
+LIBRARIES = ("torch", "numpy", "h5py", "simplejpeg", "kornia")
+
+
+def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, recipe: str, write: bool = True) -> None:
+    """Make `out` this run's folder: write its run.json, or check the one that is there.
+
+    A run goes on only with the configuration, manifest and shards it began with; ValueError names what differs.
+    With write=False (all processes but one) it only checks.
+    """
+    path = out / "run.json"
+    made_from = {
+        "manifest_sha256": manifest.sha256,
+        "shards_sha256": shards.sha256(),
+        "shards_settings": asdict(shards.settings),
+    }
+    if path.exists():
+        there = read(out)
+        refuse_another(out, Config.from_json(json.dumps(there["config"])), config)
+        mine, theirs = flatten(made_from), flatten(there)
+        differences = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
+        if differences:
+            raise ValueError(
+                f"{out} holds a run that began with other data ({'; '.join(differences)}): give it the manifest, the "
+                "subset and the shards it began with, or choose another --out"
+            )
+    elif write:
+        out.mkdir(parents=True, exist_ok=True)
+        values: dict[str, Any] = {
+            "recipe": recipe,
+            "seed": config.seed,
+            "config": json.loads(config.to_json()),
+            "config_sha256": config.sha256(),
+            **made_from,
+            "commit": git_commit(),
+            "command": " ".join(sys.argv),
+            "versions": {name: version(name) for name in LIBRARIES},
+            "python": platform.python_version(),
+        }
+        replace_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder; ValueError where it is missing or damaged."""
+    path = folder / "run.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run ({path.name} is missing); give the --out of python -m train")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); the run cannot be told apart from others") from error
+
+
+def refuse_another(out: Path, there: Config, here: Config) -> None:
+    """ValueError naming the fields in which the configuration of the run in `out` differs from this one."""
+    differences = here.differences(there)
+    if differences:
+        raise ValueError(f"{out} holds another run ({'; '.join(differences)}): choose another --out")
+
+
+class Metrics:
+    """JSON lines; on a restart the lines after the checkpoint are dropped, since those steps run again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.last: dict[str, Any] = {}
+        """The latest line."""
+        kept = []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # the line that a kill cut short
+                break
+            if line["step"] <= step:
+                kept.append(f"{text}\n")
+                self.last = line
+        replace_text(path, "".join(kept))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line and see it on the disk, before a checkpoint says that its steps are done."""
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        self.last = line
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def git_commit() -> str:
+    """Commit of this program's checkout, with + where it was changed; empty where it is not a checkout."""
+    try:
+        here = Path(__file__).resolve().parent
+        run = {"cwd": here, "capture_output": True, "text": True, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
+        return commit + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
