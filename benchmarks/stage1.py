@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -271,8 +272,8 @@ def limit(video: str, out: Path) -> int:
         quality = {"flags": "+qscale", "global_quality": str(QUANTISER * LAMBDA), "sc_threshold": "1000000000"}
         encoder.codec_context.options = quality
         for number, frame in enumerate(source.decode(video=0)):
-            picture = scaler.reformat(frame, WIDTH, HEIGHT, "yuv420p")
-            picture.pts, picture.time_base, picture.pict_type = number, Fraction(1, 25), 0
+            picture = scaler.reformat(frame, WIDTH, HEIGHT, "yuv420p", threads=1)
+            picture.pts, picture.time_base, picture.pict_type = number, Fraction(1, 25), PictureType.NONE
             target.mux(encoder.encode(picture))
         target.mux(encoder.encode())
     with av.open(stream) as source:

@@ -49,13 +49,14 @@ def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
                 axes.annotate(heads[column], (0.5, 1), (0, 20), "axes fraction", "offset points", ha="center", size=10)
         for group, name in enumerate(names):
             retrieval = found[name]
-            for place in range(NEIGHBOURS):
+            places = min(NEIGHBOURS, retrieval.order.shape[1])
+            for place in range(places):
                 column = 5 + group * (NEIGHBOURS + 1) + 1 + place
                 neighbour = int(retrieval.gallery[retrieval.order[q, place]])
                 mine, theirs = _name(classes, shards.label[query[q]]), _name(classes, shards.label[neighbour])
                 axes = figure.add_subplot(grid[line, column])
                 _show(axes, _apart(shards, neighbour)[3], theirs, _verdict(mine, theirs))
-                if line == 0 and place == NEIGHBOURS // 2:
+                if line == 0 and place == places // 2:
                     axes.annotate(
                         f"nearest videos, {name}", (0.5, 1), (0, 20), "axes fraction", "offset points",
                         ha="center", size=10, weight="bold",

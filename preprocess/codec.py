@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from preprocess.shards import Settings
 from preprocess.writer import Spool
 
 PR_SET_PDEATHSIG = 1
+START_SECONDS = 300.0  # to load the libraries, from a busy network disk at worst
 OUR_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENOMEM)
 
 
@@ -94,30 +96,32 @@ class Codec:
     def convert(self, source: Path, spool: Spool, settings: Settings, time_limit: float) -> dict[str, Any]:
         """As the function `convert`, in the child. Raises CodecError or CodecLost."""
         child = self._child or self._start()
+        assert child.stdin
         request = {"source": str(source), "spool": str(spool.folder), "settings": settings.to_json()}
-        assert child.stdin and child.stdout
-        try:
+        with suppress(BrokenPipeError):  # the child is gone, which reading the answer finds
             child.stdin.write(json.dumps(request).encode() + b"\n")
             child.stdin.flush()
-            ready, _, _ = select.select([child.stdout], [], [], time_limit)
-            if not ready:
-                self.stop()
-                raise CodecLost(f"no result within {time_limit:g} s (time limit a video)")
-            line = child.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        if not line.endswith(b"\n"):
-            status = child.wait()
-            self.stop()
-            raise CodecLost(self._last_words(status))
-        answer = json.loads(line)
+        answer = json.loads(self._answer(child, time_limit))
         if "system" in answer:
-            raise OSError(answer["system"])
+            raise OSError(*answer["system"])
         if "error" in answer:
             raise CodecError(answer["error"])
         for key in ("frame_bytes", "iframe_bytes", "iframe_frame"):
             answer[key] = np.array(answer[key], np.int64)
         return answer
+
+    def _answer(self, child: subprocess.Popen[bytes], time_limit: float) -> bytes:
+        assert child.stdout
+        ready, _, _ = select.select([child.stdout], [], [], time_limit)
+        if not ready:
+            self.stop()
+            raise CodecLost(f"no result within {time_limit:g} s (time limit a video)")
+        line = child.stdout.readline()
+        if not line.endswith(b"\n"):
+            status = child.wait()
+            self.stop()
+            raise CodecLost(self._last_words(status))
+        return line
 
     def stop(self) -> None:
         if self._child:
@@ -144,6 +148,11 @@ class Codec:
             # The package need not be installed for the child to find it.
             env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
         )
+        try:
+            self._answer(self._child, START_SECONDS)
+        except CodecLost as error:
+            # No video is to blame: one failure row for each would hide what is wrong.
+            raise RuntimeError(f"the decoder process does not start: {error}") from error
         return self._child
 
     def _last_words(self, status: int) -> str:
@@ -172,6 +181,10 @@ def serve(parent: int) -> None:
     os.dup2(2, 1)
     import av
 
+    from preprocess import encode, extract  # noqa: F401 - loading them counts towards no video's time limit
+
+    answers.write(b"ready\n")
+    answers.flush()
     for line in sys.stdin.buffer:
         request = json.loads(line)
         settings = Settings.from_json(request["settings"])
@@ -179,8 +192,8 @@ def serve(parent: int) -> None:
             answer = convert(request["source"], Spool(Path(request["spool"])), settings)
         except (ValueError, OSError, av.FFmpegError) as error:
             # A full disk is not the video's fault. (FFmpeg's own errors are OSErrors too, most of them.)
-            ours = isinstance(error, OSError) and error.errno in OUR_ERRORS
-            answer = {"system" if ours else "error": str(error)}
+            number = error.errno if isinstance(error, OSError) else None
+            answer = {"system": [number, os.strerror(number)]} if number in OUR_ERRORS else {"error": str(error)}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 

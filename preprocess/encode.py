@@ -61,6 +61,8 @@ def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 
         if not streams:
             raise ValueError("no video stream")
         stream = streams[0]
+        if stream.codec_context is None:
+            raise ValueError("a video stream that no decoder here knows")
         stream.codec_context.thread_count = 1
         declared = stream.frames
         tally = _Tally()

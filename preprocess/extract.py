@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import av
@@ -30,13 +32,8 @@ def motion(path: str, settings: Settings) -> Iterator[tuple[bool, np.ndarray]]:
     capture = VideoCap()
     # Vectors come several times faster when no picture is converted.
     capture.set_decode_frames(False)
-    allowed = os.sched_getaffinity(0)
-    try:
-        # FFmpeg starts a thread for every core it may use, in every worker; it asks once, while opening.
-        os.sched_setaffinity(0, {min(allowed)})
+    with _one_core_in_sight():
         opened = capture.open(path)
-    finally:
-        os.sched_setaffinity(0, allowed)
     if not opened:
         raise ValueError("mvextractor cannot open the encoded stream")
     try:
@@ -47,6 +44,28 @@ def motion(path: str, settings: Settings) -> Iterator[tuple[bool, np.ndarray]]:
             yield kind == "I", grid(vectors, settings)
     finally:
         capture.release()
+
+
+@contextmanager
+def _one_core_in_sight() -> Iterator[None]:
+    """While a stream is opened, show mvextractor one core: it starts a decoder thread for each (up to 16) it sees.
+
+    It asks the C library, which from glibc 2.35 on reads a file of the kernel's and only failing that the set of cores
+    this process may use. So that set shrinks to one core, and the limit on open files leaves room for the stream alone.
+    """
+    cores, (soft, hard) = os.sched_getaffinity(0), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        # Threads inherit the set. With a C library that was not misled there are some, of every worker on one core.
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread), cores)
 
 
 def grid(vectors: np.ndarray, settings: Settings) -> np.ndarray:

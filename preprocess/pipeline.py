@@ -7,8 +7,10 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -202,7 +204,20 @@ def _needed(task: Task, retry_failed: bool) -> bool:
 
 
 def make_shard(task: Task) -> Made:
-    """Make one shard. Runs in a worker."""
+    """Make one shard. Runs in a worker. Raises OSError, saying what to do, where the disk does not take it."""
+    try:
+        return _make_shard(task)
+    except OSError as error:
+        # HDF5 hides the system's reason in the middle of its own.
+        number = error.errno or next(iter(map(int, re.findall(r"errno = (\d+)", str(error)))), 0)
+        raise OSError(
+            f"{task.shard} cannot be made: {os.strerror(number) if number else error} (in {task.out} or the folder for "
+            f"temporary files, {tempfile.gettempdir()}). Make room, or mend what this names, and run the same command "
+            "again: finished shards are kept"
+        ) from error
+
+
+def _make_shard(task: Task) -> Made:
     work = task.work
     work.mkdir(exist_ok=True)
     with open(work / "lock", "w") as lock:

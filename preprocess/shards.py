@@ -234,7 +234,10 @@ class Shard:
             for parent in (name.rpartition("/")[0], name):
                 if parent and not isinstance(f.get(parent, getlink=True), h5py.HardLink):
                     raise ValueError(f"{parent} is missing or a link; shards hold plain datasets only")
-            data = f[name]
+            try:
+                data = f[name]
+            except (KeyError, OSError, RuntimeError) as error:
+                raise ValueError(f"{name} cannot be opened: {error.args[0]}") from error
             if not isinstance(data, h5py.Dataset) or data.dtype != np.dtype(dtype) or data.ndim != len(dims):
                 raise ValueError(f"{name} is not a dataset of type {dtype} with {len(dims)} dimensions")
             if data.chunks is not None or data.is_virtual or data.external:

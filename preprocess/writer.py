@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -23,6 +26,8 @@ from preprocess.shards import (
     shard_name,
     verify,
 )
+
+HEADER_BYTES = 1 << 16  # more than HDF5 needs for the names and places of the datasets
 
 
 @dataclass(frozen=True)
@@ -78,39 +83,35 @@ def write_shard(
     Raises OSError (disk full and the like) and leaves no partial shard behind.
     """
     path, partial = folder / shard_name(number), spool.folder / shard_name(number)
+    attributes: dict[str, str | int] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": origin.settings.to_json(),
+        "settings_sha256": origin.settings.sha256(),
+        "manifest_sha256": origin.manifest_sha256,
+        "classes": json.dumps(origin.classes),
+        "versions": json.dumps(origin.versions, sort_keys=True),
+        "shard": number,
+        "shards": origin.shards,
+        "first_row": first_row,
+        "rows": rows,
+    }
     columns = _columns(videos, failures)
-    frames = int(columns["videos/frame_offset"][-1])
     spooled = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion"}
-    shapes = {
+    shapes = {name: column.shape for name, column in columns.items()} | {
         "frames/jpeg": (int(columns["frames/jpeg_offset"][-1]),),
         "iframes/jpeg": (int(columns["iframes/jpeg_offset"][-1]),),
-        "motion": (frames, *origin.settings.grid, 2),
+        "motion": (int(columns["videos/frame_offset"][-1]), *origin.settings.grid, 2),
     }
-    with h5py.File(partial, "w", libver=("v108", "v108"), alignment_threshold=1, alignment_interval=64) as f:
-        attributes: dict[str, str | int] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "settings": origin.settings.to_json(),
-            "settings_sha256": origin.settings.sha256(),
-            "manifest_sha256": origin.manifest_sha256,
-            "classes": json.dumps(origin.classes),
-            "versions": json.dumps(origin.versions, sort_keys=True),
-            "shard": number,
-            "shards": origin.shards,
-            "first_row": first_row,
-            "rows": rows,
-        }
-        for name, value in attributes.items():
-            # Fixed-length bytes: variable-length strings would put the value in a heap of its own.
-            f.attrs[name] = np.int64(value) if isinstance(value, int) else np.bytes_(value.encode())
-        for name, (dtype, _) in SCHEMA.items():
-            shape = shapes[name] if name in spooled else columns[name].shape
-            dataset = f.create_dataset(name, shape, dtype, track_times=False)
-            if name in spooled:
-                _copy(spool.path(spooled[name]), dataset)
-            elif len(columns[name]):
-                dataset[...] = columns[name]
+    offsets = _lay_out(partial, attributes, shapes)
     with open(partial, "rb+") as f:
+        for name, offset in offsets.items():
+            f.seek(offset)
+            if name in spooled:
+                _copy(spool.path(spooled[name]), f, math.prod(shapes[name]) * np.dtype(SCHEMA[name][0]).itemsize)
+            else:
+                f.write(columns[name].astype(SCHEMA[name][0]).tobytes())
+        f.flush()
         os.fsync(f.fileno())
     problems = verify(Shard(partial))
     if problems:
@@ -169,15 +170,37 @@ def _pack(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(encoded), np.uint8), _offsets([np.array([len(t) for t in encoded], np.int64)])
 
 
-def _copy(source: Path, dataset: h5py.Dataset) -> None:
-    """Stream a spool file into a contiguous dataset of the same size, a piece at a time."""
-    size = dataset.size * dataset.dtype.itemsize
-    if not size:
-        return
+def _lay_out(partial: Path, attributes: dict[str, str | int], shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Write everything but the datasets' contents; returns where each that has any begins, in bytes.
+
+    HDF5 takes the whole process down when a disk fills while it closes a file. So it writes a few kilobytes only, for
+    which room was found just before; the contents follow by ordinary means.
+    """
+    size = sum(math.prod(shape) * np.dtype(SCHEMA[name][0]).itemsize for name, shape in shapes.items())
+    header = HEADER_BYTES + sum(len(str(v)) for v in attributes.values())
+    try:
+        with open(partial, "wb") as probe:
+            probe.write(bytes(header))
+            probe.truncate(size + header)
+            probe.flush()
+            os.fsync(probe.fileno())
+    finally:
+        partial.unlink(missing_ok=True)
+    contents = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    contents.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    contents.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(partial, "w", libver=("v108", "v108"), alignment_threshold=1, alignment_interval=64) as f:
+        for name, value in attributes.items():
+            # Fixed-length bytes: variable-length strings would put the value in a heap of its own.
+            f.attrs[name] = np.int64(value) if isinstance(value, int) else np.bytes_(value.encode())
+        for name, (dtype, _) in SCHEMA.items():
+            f.create_dataset(name, shapes[name], dtype, track_times=False, dcpl=contents)
+        return {name: f[name].id.get_offset() for name in SCHEMA if math.prod(shapes[name])}
+
+
+def _copy(source: Path, target: BinaryIO, size: int) -> None:
+    """Stream a spool file, which must be of this size, to where the target stands."""
     if source.stat().st_size != size:
         raise OSError(f"{source} has {source.stat().st_size} bytes where its index counts {size}")
-    rows = max(1, COPY_BYTES // (size // len(dataset)))
     with open(source, "rb") as f:
-        for start in range(0, len(dataset), rows):
-            part = (min(rows, len(dataset) - start), *dataset.shape[1:])
-            dataset[start : start + rows] = np.fromfile(f, dataset.dtype, int(np.prod(part))).reshape(part)
+        shutil.copyfileobj(f, target, COPY_BYTES)

@@ -129,7 +129,7 @@ def tiny_config(**changes: Any) -> Config:
     small = replace(
         RECIPES["small"](),
         networks=Networks("r3d10", 4, 4, 4, predictor_width=16, head_hidden=16, head_out=8),
-        sampling=Sampling(frames=8, stride=2),
+        sampling=Sampling(frames=8, stride=2, negatives=1),
         size=32,
         batch_size=2,
         epochs=3,

@@ -29,7 +29,7 @@ from train import __main__ as command
 from train import checkpoint, loop
 from train.config import Config, Objective, Optimiser, Runtime
 from train.data import PretrainSet
-from train.draws import Cropping, Photometric
+from train.draws import Cropping
 from train.loop import Terminated, inputs, learning_rate, losses, make_optimiser, train
 from train.model import PretrainingModel
 from train.recipes import RECIPES
@@ -62,6 +62,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 def assert_same_run(a: Path, b: Path) -> None:
     """Bit for bit: weights, optimiser, metrics."""
     first, second = (checkpoint.load(out / "checkpoint.pt") for out in (a, b))
+    assert [first.pop(key) for key in ("format", "config")] == [second.pop(key) for key in ("format", "config")]
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert lines(a) == lines(b)
 
@@ -103,44 +104,48 @@ class Fixed:
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         rng = np.random.default_rng(key[1])
-        boxes = np.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 1, 1], [0, 0, 1, 1]], np.float32)
+        boxes = np.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 1, 1]], np.float32)
         photo = np.array([0.5 * (key[1] % 2), 1.1, 0.9, 1, 0.05, key[1] % 3 == 0], np.float32)
         return {
-            "clip": rng.integers(0, 256, (8, 40, 48, 3), np.uint8),
+            "clip": rng.integers(0, 256, (8, 2, 2, 3), np.uint8).repeat(20, 1).repeat(24, 2),
             "clip_box": boxes[0],
             "clip_flip": key[1] % 2 == 0,
             "clip_photo": photo,
-            "iframe": rng.integers(0, 256, (40, 48, 3), np.uint8),
+            "iframe": rng.integers(0, 256, (2, 2, 3), np.uint8).repeat(20, 0).repeat(24, 1),
             "iframe_box": boxes[1],
             "iframe_flip": False,
             "iframe_photo": photo,
-            "motion": rng.integers(-40, 40, (4, 8, 9, 11, 2)).astype(np.int16),
-            "motion_box": boxes,
-            "motion_flip": np.array([key[1] % 2 == 0, False, True, False]),
+            "motion": rng.integers(-40, 40, (2, 8, 3, 4, 2)).astype(np.int16).repeat(3, 2).repeat(3, 3),
+            "motion_box": boxes[[0, 2]],
+            "motion_flip": np.array([key[1] % 2 == 0, True]),
         }
 
 
-GOLDEN = [0.0] * 10
+GOLDEN = [7.66502, 7.49632, 7.27565, 7.15063, 6.75817, 6.73693, 6.52083, 6.49366, 6.40586, 6.34432]
 
 
 def test_ten_steps_give_the_losses_they_always_gave(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A refactoring changes no number here. Rounding does: 1e-6 on every weight at the beginning makes less than 2e-6
+    of the first four losses, and up to 5e-3 of the last ones, whose gradients have passed other maxima by then."""
     monkeypatch.setattr(loop, "PretrainSet", Fixed)
-    config = tiny_config(epochs=2, optimiser=Optimiser(lr_per_sample=0.005, warmup_epochs=0.5))
+    optimiser = Optimiser("sgd", lr_per_sample=1e-4, warmup_epochs=2)
+    config = tiny_config(batch_size=12, epochs=10, objective=Objective(0.5, 0.5, 0.5), optimiser=optimiser)
     start(tiny, tmp_path, config, replace(RUNTIME, log_steps=1))
-    assert [line["loss"] for line in lines(tmp_path)[:10]] == pytest.approx(GOLDEN, rel=2e-3)
+    found = [line["loss"] for line in lines(tmp_path)]
+    assert found[:4] == pytest.approx(GOLDEN[:4], rel=2e-4)
+    assert found == pytest.approx(GOLDEN, rel=2e-2)
 
 
-def test_both_losses_fall(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny_config(batch_size=12, epochs=30, optimiser=Optimiser("adamw", 5e-4, 0.0, warmup_epochs=1))
-    start(tiny, tmp_path, config, replace(RUNTIME, log_steps=5))
+def test_both_losses_fall(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PretrainSet", Fixed)
+    optimiser = Optimiser("sgd", lr_per_sample=1e-3, warmup_epochs=0)
+    start(tiny, tmp_path, tiny_config(batch_size=12, epochs=16, optimiser=optimiser), replace(RUNTIME, log_steps=1))
     found = lines(tmp_path)
     for task in ("context", "motion"):
-        early, late = (np.mean([line[f"{task}_loss"] for line in part]) for part in (found[:6], found[-6:]))
-        assert late < early - 0.2, task
-    chance = 1 / 12
-    assert np.mean([line["context_accuracy"] for line in found[-6:]]) > 3 * chance
+        early, late = ([line[f"{task}_loss"] for line in part] for part in (found[:4], found[-4:]))
+        assert np.mean(late) < 0.95 * np.mean(early), task
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -157,10 +162,11 @@ def test_only_parts_with_a_weight_exist_and_all_of_them_learn(tiny: Tiny, alpha:
     clip, iframe, windows = inputs(batch, config, shards.settings)
     assert clip.shape == (4, 3, 8, 32, 32)
     assert iframe is None if alpha == 1 else iframe.shape == (4, 3, 1, 32, 32)
-    assert windows is None if alpha == 0 else windows.shape == (4, 4, 2, 8, 32, 32)
+    assert windows is None if alpha == 0 else windows.shape == (4, 2, 2, 8, 32, 32)
     loss, of_context, of_motion = losses(model, batch, config, shards.settings)
-    assert float(loss) == pytest.approx(2 * ((1 - alpha) * float(of_context.value) + alpha * float(of_motion.value)))
     loss.backward()
+    context_loss, motion_loss = float(of_context.value.detach()), float(of_motion.value.detach())
+    assert float(loss.detach()) == pytest.approx(2 * ((1 - alpha) * context_loss + alpha * motion_loss))
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -221,7 +227,7 @@ def test_kept_epochs_hold_the_weights_of_their_epoch(tiny: Tiny, tmp_path: Path)
 # ---- a run survives
 
 
-@pytest.mark.parametrize(("at", "workers"), [(1, 0), (6, 1), (9, 3)])
+@pytest.mark.parametrize(("at", "workers"), [(1, 0), (6, 1), (9, 2)])
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
     tiny: Tiny, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, workers: int
 ) -> None:

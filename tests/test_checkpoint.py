@@ -1,0 +1,144 @@
+"""Checkpoints: written whole or not at all; what cannot be trusted is refused, and said why."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from train import checkpoint
+
+
+def state(size: int = 4, **changes: Any) -> dict[str, Any]:
+    model = nn.Linear(size, 2)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    values = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "pending": [torch.ones(3)]}
+    return values | {"config": "{}", "step": 3, "epoch": 0.5} | changes
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    checkpoint.save(tmp_path / "checkpoint.pt", state())
+    return tmp_path / "checkpoint.pt"
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    values = state()
+    checkpoint.save(tmp_path / "checkpoint.pt", values)
+    back = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert back.pop("format") == "context-motion-checkpoint" and back.pop("version") == 1
+    assert back.pop("config") == values.pop("config")
+    torch.testing.assert_close(back, values, rtol=0, atol=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.json", "checkpoint.pt"]
+    readable = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert readable == {"config": "{}", "step": 3, "epoch": 0.5}
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_refused(saved: Path, keep: float) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is truncated, or no checkpoint at all"):
+        checkpoint.load(saved)
+
+
+def test_a_missing_checkpoint_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist: has the run been started"):
+        checkpoint.load(tmp_path / "checkpoint.pt")
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("a text\n")
+    with pytest.raises(ValueError, match="no checkpoint at all"):
+        checkpoint.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "a zip file of something else")
+    with pytest.raises(ValueError, match="cannot be read, it may be damaged"):
+        checkpoint.load(path)
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, path)
+    with pytest.raises(ValueError, match="is not a checkpoint of this program"):
+        checkpoint.load(path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match="is not a checkpoint of this program"):
+        checkpoint.load(path)
+
+
+def test_another_version_and_missing_parts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": checkpoint.FORMAT, "version": 99} | state(), path)
+    with pytest.raises(ValueError, match="has checkpoint version 99; this program reads 1"):
+        checkpoint.load(path)
+    incomplete = state(step="three")
+    del incomplete["config"]
+    checkpoint.save(path, incomplete)
+    with pytest.raises(ValueError, match="not a whole checkpoint: config, step missing or of another type"):
+        checkpoint.load(path)
+
+
+class Intruder:
+    """What unpickles as a call of the attacker's choice."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_the_code_not_run(tmp_path: Path) -> None:
+    path, target = tmp_path / "checkpoint.pt", tmp_path / "broken-in"
+    torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION} | state(extra=Intruder(target)), path)
+    with pytest.raises(ValueError, match=r"is refused: it holds more than tensors and plain values.*mkdir") as caught:
+        checkpoint.load(path)
+    assert not target.exists()
+    assert "\n" not in str(caught.value)
+    torch.load(path, weights_only=False)  # the trap works
+    assert target.exists()
+    torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION} | state(extra=threading.Event), path)
+    with pytest.raises(ValueError, match="is refused"):
+        checkpoint.load(path)
+
+
+def test_another_architecture_is_refused_naming_what_differs(saved: Path) -> None:
+    weights = checkpoint.load(saved)["model"]
+    with pytest.raises(ValueError, match=r"holds another architecture: .*size mismatch for weight"):
+        checkpoint.load_weights(nn.Linear(5, 2), weights, saved)
+    with pytest.raises(ValueError, match=r"holds another architecture: .*bias"):
+        checkpoint.load_weights(nn.Linear(4, 2, bias=False), weights, saved)
+    model = nn.Linear(4, 2)
+    checkpoint.load_weights(model, weights, saved)
+    torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=0, atol=0)
+
+
+def test_another_or_no_optimiser_is_refused(saved: Path) -> None:
+    values = checkpoint.load(saved)
+    other = torch.optim.SGD([torch.zeros(3, requires_grad=True)], 0.1)
+    with pytest.raises(ValueError, match="holds another optimiser's state"):
+        checkpoint.load_optimiser(other, values, saved)
+    del values["optimiser"]
+    with pytest.raises(ValueError, match="holds weights alone"):
+        checkpoint.load_optimiser(other, values, saved)
+
+
+def test_a_failed_write_leaves_the_checkpoint_before(saved: Path) -> None:
+    before = saved.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 1000, 50_000):  # at the beginning, in the middle of the tensors
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(OSError, match=r"checkpoint\.pt could not be written .* before it is kept. Make room"):
+                checkpoint.save(saved, state(size=10_000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert saved.read_bytes() == before
+        assert sorted(p.name for p in saved.parent.iterdir()) == ["checkpoint.json", "checkpoint.pt"]
+    assert checkpoint.load(saved)["step"] == 3

@@ -1,0 +1,126 @@
+"""Imports: eval -> train -> preprocess.{shards, draw, manifest}; stage 1 without torch, the rest without video."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, one_thread, tiny_config
+
+MODULES = {
+    package: sorted(
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for p in (ROOT / package).rglob("*.py")
+    )
+    for package in ("preprocess", "train", "eval")
+}
+SHARED = {"preprocess.shards", "preprocess.draw", "preprocess.manifest"}
+"""What of stage 1 the later stages may use."""
+
+BLOCK = """
+import sys
+
+class Absent:
+    def __init__(self, names):
+        self.names = set(names)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+def block(*names):
+    assert not [n for n in names if n in sys.modules]
+    sys.meta_path.insert(0, Absent(names))
+    for name in names:
+        try:
+            __import__(name)
+        except ModuleNotFoundError:
+            continue
+        raise AssertionError(f"{name} is not blocked")
+"""
+
+
+def python(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK + code, *arguments], cwd=ROOT, env=one_thread(), text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_stage_one_imports_without_torch() -> None:
+    python(
+        "import importlib\n"
+        "block('torch', 'torchvision', 'kornia', 'tensorboard', 'safetensors')\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n",
+        *MODULES["preprocess"],
+    )
+
+
+def test_stages_two_and_three_run_without_video_libraries(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    code = """
+import importlib
+block("av", "mvextractor", "cv2", "torchcodec", "decord", "imageio")
+names, (shards, table, out, config) = sys.argv[5:], sys.argv[1:5]
+for name in names: importlib.import_module(name)
+from pathlib import Path
+from eval.features import load_run
+from eval.retrieve import retrieve
+from preprocess.manifest import Manifest
+from preprocess.shards import ShardSet
+from train.config import Config, Runtime
+from train.loop import train
+rows = Manifest.read(Path(table))
+line = train(Config.from_json(config), Runtime("cpu", 0), Path(shards), rows.subset("train"), Path(out))
+assert line["step"] == 1, line
+found = retrieve(load_run(Path(out)), ShardSet(shards), rows, device="cpu", workers=0)
+assert found.recalls["both"][20] == 100
+"""
+    config = tiny_config(batch_size=12, epochs=1).to_json()
+    python(code, str(tiny[0]), str(tiny[1]), str(tmp_path / "run"), config, *MODULES["train"], *MODULES["eval"])
+
+
+def test_shards_need_numpy_and_h5py_alone() -> None:
+    code = """
+before = set(sys.modules)
+import preprocess.shards
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(n for n in new if "site-packages" in (getattr(sys.modules[n], "__file__", None) or "")))
+"""
+    assert set(python(code).split()) <= {"numpy", "h5py"}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, absolute: `from preprocess import shards` gives both names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", MODULES)
+def test_imports_run_one_way(package: str) -> None:
+    allowed = {"preprocess": {"preprocess"}, "train": {"train"}, "eval": {"eval", "train"}}[package]
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for name in sorted(imported(path)):
+            top = name.partition(".")[0]
+            if top not in MODULES or top in allowed:
+                assert name != "eval", f"{path} says import eval, which hides Python's own eval"
+                continue
+            within = name == "preprocess" or any(name == s or name.startswith(s + ".") for s in SHARED)
+            assert top == "preprocess" and within, f"{path} imports {name}"
+
+
+def test_the_check_sees_what_it_should(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("def f():\n    from preprocess import codec\n    import eval.tables as t\n")
+    assert imported(path) == {"preprocess", "preprocess.codec", "eval.tables"}
+    assert sum(len(names) for names in MODULES.values()) > 25
