@@ -1,18 +1,18 @@
 """python -m benchmarks.stage1 --clips FOLDER_OR_FILE...
 
-Takes three to four minutes on two idle CPU cores (--quick: half a minute) and ends with four Markdown tables: speed a
-source, scaling to two workers, peak memory over the number of videos, and what Kinetics-400 would take on 64 cores.
+Takes about three minutes on two idle CPU cores (--quick: half a minute) and ends with four Markdown tables: speed on
+every source, scaling to two workers, peak memory over the number of videos, and what Kinetics-400 takes on 64 cores.
 Three ways through the same clips, each a process of its own, in turns (limit usual ours limit usual ours ...):
 
 limit   decode, scale to 340x256, encode as MPEG-4, decode again with motion vectors exported; one thread, nothing else
-usual   ffmpeg's command line as CoViAR runs it, then mvextractor; a JPEG file and a .npy file of vectors a frame
-ours    preprocess.pipeline.run with one worker, from the manifest to verified shards with their checksums
+usual   ffmpeg's command line as CoViAR runs it, then mvextractor: of every frame a JPEG file and a .npy file of vectors
+ours    preprocess.pipeline.run, from the manifest to verified shards and their checksums
 
-CPU time is user and system time of a way's whole process tree: the ffmpeg processes and the codec subprocess count. Clips
-are repeated under other names until --frames frames run. What a process costs before its first frame (interpreter,
-imports; in ours also a codec subprocess, started once a shard) is measured in the same turns on a clip of one frame,
-taken off and shown in a column of its own. Figures are medians over the turns, ratios are medians of each turn's ratio.
-Clips are grouped by codec: Xvid is what UCF101 comes in, DivX HMDB51, H.264 Kinetics.
+CPU time is user and system time of a way's whole process tree, ffmpeg processes and codec subprocesses included. Clips
+are repeated under other names until --frames frames run (a quarter of that where a clip is high-definition). What a
+process costs before its first frame (interpreter, imports, the codec subprocess that every shard starts) is measured in
+the same turns on a video of one frame and taken off; a column shows it for ours. Figures are medians over the turns and
+ratios medians of each turn's. Clips are grouped by codec: UCF101 comes in Xvid, HMDB51 in DivX, Kinetics in H.264.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 ROOT = Path(__file__).resolve().parent.parent
-CLIPS = Path("../shared/data/clips")  # from the repository's root
+CLIPS = Path("../shared/data/clips")  # seen from the repository's root
 WAYS = ("limit", "usual", "ours")
 WIDTH, HEIGHT, GOP, QUANTISER, LAMBDA = 340, 256, 12, 2, 118
 HIGH_DEFINITION = 576  # lines; taller clips are a source of their own: decoding them outweighs all the rest
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--clips", type=Path, nargs="+", help=f"videos or folders of them; default {CLIPS}")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
-    parser.add_argument("--frames", type=int, default=3000, help="frames of a measurement, at least")
+    parser.add_argument("--frames", type=int, default=1500, help="frames of a measurement, at least")
     parser.add_argument("--videos", type=int, default=8, help="different clips of a source, at most")
     parser.add_argument("--quick", action="store_true", help="one turn, 300 frames: whether it runs, not how fast")
     parser.add_argument("--case", nargs=3, metavar=("WAY", "FOLDER", "WORKERS"), help=argparse.SUPPRESS)
@@ -79,23 +79,25 @@ def main() -> None:
         return
     if options.quick:
         options.repeats, options.frames = 1, 300
-    sources = find_sources(options.clips or [ROOT / CLIPS], options.videos)
+    places = options.clips or [ROOT / CLIPS]
+    sources = find_sources(places, options.videos)
     if not sources:
-        looked = ", ".join(str(p) for p in options.clips or [CLIPS])
-        sys.exit(f"no video in {looked}: name files or folders of real videos with --clips")
+        sys.exit(f"no video in {', '.join(map(str, places))}: name files or folders of real videos with --clips")
+    if not shutil.which("ffmpeg"):
+        print("no ffmpeg on the PATH: nothing to compare with in the column of the usual way", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="context-motion-") as folder:
         empty = one_frame(Path(folder) / "one.avi")
-        ours = speed(sources, empty, options.repeats, options.frames)
+        costs = speed(sources, empty, options.repeats, options.frames)
         scaling(next(iter(sources.values())), empty, options.repeats, options.frames)
         shortest = min((c for clips in sources.values() for c in clips), key=lambda c: c.frames)
         memory(shortest, (1, 2, 4) if options.quick else (4, 16, 64))
-    kinetics(ours)
+    kinetics(costs)
 
 
 def find_sources(places: list[Path], most: int) -> dict[str, list[Clip]]:
     """Clips by codec, at most so many of each, spread evenly over the names; what is not a video is left out."""
     found: dict[str, list[Clip]] = defaultdict(list)
-    files = [f for p in places for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+    files = [f for p in places for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if not f.is_dir()]
     for file in files:
         try:
             with av.open(str(file), metadata_errors="ignore") as container:
@@ -103,11 +105,12 @@ def find_sources(places: list[Path], most: int) -> dict[str, list[Clip]]:
                 codec = stream.codec_context
                 name = NAMES.get(codec.codec_tag.upper(), codec.name)
                 tall = f", {codec.height} lines" if codec.height > HIGH_DEFINITION else ""
-                found[name + tall].append(Clip(file.resolve(), stream.frames or sum(1 for _ in container.decode(stream))))
-        except (av.FFmpegError, IndexError):
-            print(f"not a video, left out: {file}", file=sys.stderr)
+                count = stream.frames or sum(1 for _ in container.decode(stream))
+                found[name + tall].append(Clip(file.resolve(), count))
+        except (av.FFmpegError, IndexError) as error:
+            print(f"left out: {file}: {error}", file=sys.stderr)
     order = sorted(found, key=lambda name: ("lines" in name, name != "Xvid", name))
-    return {n: [found[n][k * len(found[n]) // most] for k in range(most)] if len(found[n]) > most else found[n] for n in order}
+    return {name: found[name][:: -(-len(found[name]) // most)] for name in order}
 
 
 def one_frame(path: Path) -> Clip:
@@ -125,7 +128,7 @@ def one_frame(path: Path) -> Clip:
 
 
 def speed(sources: dict[str, list[Clip]], empty: Clip, repeats: int, frames: int) -> dict[str, tuple[float, float]]:
-    """The first table; returns our frames a CPU-second and bytes a frame of each source."""
+    """The first table; returns ours of each source: frames a CPU-second and bytes a frame."""
     ways = [w for w in WAYS if w != "usual" or shutil.which("ffmpeg")]
     runs: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for _ in range(repeats):
@@ -137,7 +140,7 @@ def speed(sources: dict[str, list[Clip]], empty: Clip, repeats: int, frames: int
     print("Frames per CPU-second (and, in parentheses, per second), one worker\n")
     print("| source | clips | limit | usual | ours | ours / limit | ours / usual | start-up of ours, CPU s |")
     print("|---|" + "---:|" * 7)
-    ours = {}
+    costs = {}
     for source, clips in sources.items():
         cpu = {w: [r.frames / (r.cpu - start[w].cpu) for r in runs[source, w]] for w in ways}
         wall = {w: [r.frames / (r.wall - start[w].wall) for r in runs[source, w]] for w in ways}
@@ -148,10 +151,10 @@ def speed(sources: dict[str, list[Clip]], empty: Clip, repeats: int, frames: int
             f"{start['ours'].cpu:.2f} |"
         )
         last = runs[source, "ours"][-1]
-        ours[source] = (median(cpu["ours"]), last.size / last.frames)
-    typical = SHARD_VIDEOS * KINETICS_FRAMES / median([rate for rate, _ in ours.values()])
-    print(f"\nStart-up is at most {start['ours'].cpu / typical:.1%} of a shard of {SHARD_VIDEOS} videos of ten seconds.\n")
-    return ours
+        costs[source] = (median(cpu["ours"]), last.size / last.frames)
+    typical = SHARD_VIDEOS * KINETICS_FRAMES / median([rate for rate, _ in costs.values()])
+    print(f"\nThat start-up is {start['ours'].cpu / typical:.1%} of a shard of {SHARD_VIDEOS} videos of ten seconds.\n")
+    return costs
 
 
 def scaling(clips: list[Clip], empty: Clip, repeats: int, frames: int) -> None:
@@ -169,7 +172,7 @@ def scaling(clips: list[Clip], empty: Clip, repeats: int, frames: int) -> None:
         wall[way, n] = [r.frames / (r.wall - start.wall) for r in runs[way, n, False]]
         cpu[way, n] = [r.frames / (r.cpu - start.cpu) for r in runs[way, n, False]]
     print("Two workers of ours against two independent processes of the limit\n")
-    print("| | one | two | gain, limit | one | two | gain, ours | gain of ours / gain of limit |")
+    print("| | limit, one | two | gain | ours, one | two | gain | gain of ours / gain of limit |")
     print("|---|" + "---:|" * 7)
     for label, rate in (("frames per second", wall), ("frames per CPU-second", cpu)):
         gain = {w: [b / a for a, b in zip(rate[w, 1], rate[w, 2])] for w in ("limit", "ours")}
@@ -191,14 +194,14 @@ def memory(clip: Clip, counts: tuple[int, ...]) -> None:
     print()
 
 
-def kinetics(ours: dict[str, tuple[float, float]]) -> None:
+def kinetics(costs: dict[str, tuple[float, float]]) -> None:
     """The last table: what the measured figures make of Kinetics-400, were all of it like these clips."""
     frames = KINETICS_VIDEOS * KINETICS_FRAMES
     print(f"Kinetics-400, {KINETICS_VIDEOS:,} videos of {KINETICS_FRAMES} frames, on {CORES} such cores\n")
     print("| if all were like | frames per CPU-second | bytes a frame | hours | GB |")
     print("|---|" + "---:|" * 4)
-    for source, (rate, size) in ours.items():
-        if source.startswith("H.264") or not any(s.startswith("H.264") for s in ours):
+    for source, (rate, size) in costs.items():
+        if source.startswith("H.264") or not any(s.startswith("H.264") for s in costs):
             hours = frames / rate / CORES / 3600
             print(f"| {source} | {rate:.0f} | {size:.0f} | {hours:.2f} | {frames * size / 1e9:.0f} |")
 
@@ -221,7 +224,7 @@ def start_up(runs: list[Result]) -> Result:
 
 
 def measure(way: str, clips: list[Clip], workers: int) -> Result:
-    """Run one way over the clips: `workers` processes of the limit, each over all of them, or as many workers of ours."""
+    """Run one way over the clips: `workers` processes, each over all of them, or ours with as many workers."""
     with tempfile.TemporaryDirectory(prefix="context-motion-") as scratch:
         videos = Path(scratch) / "videos"
         videos.mkdir()
@@ -255,12 +258,13 @@ def run_case(way: str, scratch: Path, workers: int) -> dict[str, int]:
     """In a process of its own: one way over scratch/videos."""
     videos = sorted((scratch / "videos").iterdir())
     if way == "ours":
-        return ours(scratch, len(videos) // workers, workers)
+        return run_ours(scratch, len(videos) // workers, workers)
+    one = run_limit if way == "limit" else run_usual
     with tempfile.TemporaryDirectory(dir=scratch) as out:
-        return {"frames": sum((limit if way == "limit" else usual)(str(v), Path(out)) for v in videos)}
+        return {"frames": sum(one(str(v), Path(out)) for v in videos)}
 
 
-def limit(video: str, out: Path) -> int:
+def run_limit(video: str, out: Path) -> int:
     """Nothing but the codecs: what any re-encoding with motion vectors has to do."""
     stream = str(out / "stream.nut")
     scaler = VideoReformatter()
@@ -282,7 +286,7 @@ def limit(video: str, out: Path) -> int:
         return sum(1 for _ in source.decode(video=0))
 
 
-def usual(video: str, out: Path) -> int:
+def run_usual(video: str, out: Path) -> int:
     """The command line that CoViAR's preparation runs, then what an extraction script does with mvextractor."""
     import cv2
     from mvextractor.videocap import VideoCap
@@ -305,7 +309,7 @@ def usual(video: str, out: Path) -> int:
         frames += 1
 
 
-def ours(scratch: Path, videos_per_shard: int, workers: int) -> dict[str, int]:
+def run_ours(scratch: Path, videos_per_shard: int, workers: int) -> dict[str, int]:
     """The whole of stage 1. Equal shards, so that no worker waits for another at the end."""
     from preprocess import pipeline
     from preprocess.manifest import Manifest

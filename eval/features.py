@@ -19,7 +19,7 @@ from preprocess.shards import Settings, ShardSet
 from train import augment, checkpoint, runs
 from train.config import Config
 from train.data import ClipSet, Modality
-from train.loop import choose_device, explaining_workers, leave_signals_to_parent
+from train.loop import channels_last, choose_device, explaining_workers, leave_signals_to_parent
 from train.model import PretrainingModel
 
 Network = Literal["video", "iframe", "motion"]
@@ -93,7 +93,8 @@ def video_features(
     module = part(run, network)
     data = ClipSet(shards, manifest, run.config.sampling, clips, network)
     where = torch.device(choose_device(device))
-    module.to(where, memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
+    module.to(where).eval()
+    channels_last(module)
     loader = DataLoader(
         data,
         VIDEOS_A_BATCH,

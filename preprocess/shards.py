@@ -72,10 +72,6 @@ SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "failed/reason": ("uint8", ("reason_bytes",)),
     "failed/reason_offset": ("int64", ("m+1",)),
 }
-ATTRIBUTES = (
-    *("format", "version", "settings", "settings_sha256", "manifest_sha256", "classes", "versions"),
-    *("shard", "shards", "first_row", "rows"),
-)
 OFFSETS = {name: name.removesuffix("_offset") for name in SCHEMA if name.endswith("_offset")}
 
 
@@ -197,7 +193,9 @@ class Shard:
             self._check_offsets()
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read as a shard: {error}") from error
-        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(f"{self.path}: attribute {error} is missing") from error
+        except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: {error}") from error  # damaged metadata surfaces as any of these
 
     def _read_attributes(self, f: h5py.File) -> None:
@@ -209,9 +207,6 @@ class Shard:
                 f"format version {values.get('version')}, this program reads {VERSION}: "
                 "run stage 1 again, or use the program version that wrote it"
             )
-        missing = {*ATTRIBUTES} - {*values}
-        if missing:
-            raise ValueError(f"attributes {sorted(missing)} are missing")
         self.settings = Settings.from_json(values["settings"])
         if values["settings_sha256"] != self.settings.sha256():
             raise ValueError("the settings do not match their own hash")

@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -291,14 +293,23 @@ def survive(tiny: Tiny, tmp_path: Path, signals: list[int], config: Config, seed
 
 
 def test_killed_and_terminated_it_ends_the_same(tiny: Tiny, tmp_path: Path) -> None:
-    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
-    survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=8), seed=random.randrange(1 << 30))
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=6), seed=random.randrange(1 << 30))
 
 
 @pytest.mark.soak
 def test_twenty_kills(tiny: Tiny, tmp_path: Path) -> None:
-    signals = [signal.SIGKILL] * 17 + [signal.SIGTERM] * 3
+    signals = [signal.SIGKILL] * 20 + [signal.SIGTERM] * 3 + [signal.SIGINT] * 3
+    random.shuffle(signals)
     survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=60), seed=random.randrange(1 << 30))
+
+
+def test_ctrl_c_is_no_traceback(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_again(monkeypatch, 1, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert command.main(train_command(tiny, tmp_path / "run", tiny_config(), "--loader-workers", "0")[3:]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from the last checkpoint\n"
 
 
 def test_sigterm_between_lines_changes_no_line(
@@ -564,6 +575,26 @@ def no_dropout_config() -> Config:
     return replace(base, networks=replace(base.networks, predictor="convgru"))
 
 
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Networks, objectives and optimiser in double precision: in single, three steps of so small a batch already turn
+    the rounding of a sum over two processes into 1 % of a weight."""
+
+    def doubled(*arguments):
+        torch.set_default_dtype(torch.float32)
+        found = inputs(*arguments)
+        torch.set_default_dtype(torch.float64)
+        return [x.double() for x in found]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "inputs", doubled)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def work(rank: int, tiny: Tiny, folder: Path, ports: list[int]) -> None:
     """One of two processes: the second is terminated in its first step, then both go on to the end."""
     torch.set_num_threads(1)
@@ -571,15 +602,14 @@ def work(rank: int, tiny: Tiny, folder: Path, ports: list[int]) -> None:
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    if rank == 1:
+    with in_float64():
         with pytest.MonkeyPatch.context() as patch:
-            run_again(patch, 1, lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss)
+            if rank == 1:
+                run_again(patch, 1, lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss)
             terminated(tiny, folder, ports[0])
-    else:
-        terminated(tiny, folder, ports[0])
-    assert not torch.distributed.is_initialized()
-    os.environ["MASTER_PORT"] = str(ports[1])
-    start(tiny, folder / "run", no_dropout_config())
+        assert not torch.distributed.is_initialized()
+        os.environ["MASTER_PORT"] = str(ports[1])
+        start(tiny, folder / "run", no_dropout_config())
 
 
 def terminated(tiny: Tiny, folder: Path, port: int) -> None:
@@ -590,16 +620,14 @@ def terminated(tiny: Tiny, folder: Path, port: int) -> None:
 
 def test_two_processes_compute_what_one_does_and_leave_together(tiny: Tiny, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (tiny, tmp_path, [free_port(), free_port()]), nprocs=2)
-    start(tiny, tmp_path / "one", no_dropout_config())
+    with in_float64():
+        start(tiny, tmp_path / "one", no_dropout_config())
     one, two = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "run"))
-    assert list(one["model"]) == list(two["model"])
-    initial = PretrainingModel(no_dropout_config())
-    for name, weights in one["model"].items():
-        torch.testing.assert_close(two["model"][name], weights, rtol=1e-3, atol=1e-4, msg=name)
-    moved = max(float((w - initial.state_dict()[n]).abs().max()) for n, w in one["model"].items())
-    assert moved > 0.05  # far more than the tolerance
+    torch.testing.assert_close(dict(two["model"]), dict(one["model"]), rtol=1e-6, atol=1e-9)
+    assert one["model"]["motion.stem.0.weight"].dtype == torch.float64
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "run"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+        assert a == pytest.approx(b, rel=1e-5)
     assert "12 videos" in (tmp_path / "said-0").read_text() and (tmp_path / "said-1").read_text() == ""
 
 

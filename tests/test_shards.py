@@ -316,7 +316,7 @@ def test_a_dataset_beyond_the_end_is_named(tmp_path: Path) -> None:
     header = start.to_bytes(8, "little")
     assert whole.count(header) == 1
     old.write_bytes(whole.replace(header, (len(whole) - 8).to_bytes(8, "little")))
-    with pytest.raises(ValueError, match=r"old\.h5: motion (lies outside the file|cannot be opened: .*invalid dataset size)"):
+    with pytest.raises(ValueError, match=r"old\.h5: motion (lies outside|cannot be opened: .*invalid)"):
         Shard(old)
 
 

@@ -63,8 +63,8 @@ def train(
     total = config.epochs * sampler.steps
     runs.claim(out, config, manifest, shard_set, recipe, write=main)
     torch.manual_seed(config.seed)
-    # Channels last is what the convolutions compute in, on CPUs and on tensor cores alike.
-    model = PretrainingModel(config).to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    model = PretrainingModel(config).to(device)
+    channels_last(model)
     distributed.synchronise_batch_norm(model)
     optimiser = make_optimiser(config.optimiser, model, device)
     step = 0
@@ -191,6 +191,13 @@ def choose_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def channels_last(network: nn.Module) -> None:
+    """Lay the weights out as three-dimensional convolutions compute, on CPUs and on tensor cores alike."""
+    for weights in network.parameters():
+        if weights.dim() == 5:  # not those of the ConvGRU, whose convolutions have two dimensions
+            weights.data = weights.data.contiguous(memory_format=torch.channels_last_3d)
+
+
 def make_optimiser(o: Optimiser, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     fused = device.type == "cuda"
     if o.name == "adamw":
@@ -217,12 +224,12 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def check_finite(rows: np.ndarray, step: int) -> None:
     """Raise FloatingPointError naming the first step whose loss or gradient norm (first and last column) is not finite;
     the last of `rows` is that of `step`."""
-    for name, values in (("loss", rows[:, 0]), ("norm of the gradient", rows[:, -1])):
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad):
+    for number, (loss, *_, norm) in enumerate(rows.tolist(), step - len(rows) + 1):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"norm of the gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
             raise FloatingPointError(
-                f"the {name} is {values[bad[0]]} at step {step - len(values) + int(bad[0]) + 1}; the last checkpoint "
-                "is kept. Lower --optimiser.lr-per-sample, or try --precision float32"
+                f"the {what} at step {number}; the last checkpoint is kept. Lower --optimiser.lr-per-sample, or try "
+                "--precision float32"
             )
 
 
