@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
@@ -28,6 +28,8 @@ def run(
     videos: Path,
     out: Path,
     workers: int = 1,
+    backend: Literal["processes", "dask"] = "processes",
+    scheduler: str | None = None,
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008 - frozen
     videos_per_shard: int = 128,
     part: str = "1/1",
@@ -43,7 +45,9 @@ def run(
         manifest: CSV with the columns path,label,subset; see data_manifests/ and the verb `manifest`.
         videos: Folder that the manifest's paths are relative to.
         out: Folder for the shards.
-        workers: Processes; each keeps one core busy.
+        workers: Processes on this machine; each keeps one core busy.
+        backend: Where shards are made: processes of this machine, or the workers of a running Dask cluster.
+        scheduler: Address of the cluster's scheduler, such as tcp://node1:8786; its workers must see the same folders.
         settings: How to encode and store; part of every shard.
         videos_per_shard: Manifest rows a shard; the unit of work and of restart.
         part: i/n makes every n-th shard only, for a job array on a shared file system: 1/16 … 16/16.
@@ -61,6 +65,8 @@ def run(
         out,
         settings,
         workers=workers,
+        backend=backend,
+        scheduler=scheduler,
         videos_per_shard=videos_per_shard,
         part=(int(match[1]), int(match[2])),
         retry_failed=retry_failed,

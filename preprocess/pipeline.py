@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 from typing import NamedTuple
 
 import joblib
@@ -27,6 +28,8 @@ from preprocess.codec import Codec, CodecError, CodecLost, end_with_parent, plai
 from preprocess.manifest import Manifest
 from preprocess.shards import Failure, Origin, Settings, Shard, shard_name
 from preprocess.writer import Spool, Video, write_shard
+
+Backend = Literal["processes", "dask"]
 
 # Every library whose version can change a shard's bytes.
 LIBRARIES = ("av", "motion-vector-extractor", "simplejpeg", "h5py", "numpy")
@@ -84,6 +87,8 @@ def run(
     settings: Settings,
     *,
     workers: int = 1,
+    backend: Backend = "processes",
+    scheduler: str | None = None,
     videos_per_shard: int = 128,
     part: tuple[int, int] = (1, 1),
     retry_failed: bool = False,
@@ -91,10 +96,13 @@ def run(
 ) -> Summary:
     """Make every shard of the manifest that is not there yet (or every `part`-th of them).
 
-    Raises ValueError, before any work, where the folder holds shards of other settings, library versions or another
+    `backend` "dask" sends the shards to the cluster whose `scheduler` address is given; its workers must see the same
+    folders. Raises ValueError, before any work, where the folder holds shards of other settings, library versions or another
     manifest, and RuntimeError where a worker is lost.
     """
     started = time.monotonic()
+    if (backend == "dask") != (scheduler is not None):
+        raise ValueError("--backend dask needs --scheduler ADDRESS (such as tcp://node1:8786), and only it takes one")
     if time_limit <= 0:
         raise ValueError(f"--time-limit is {time_limit:g}; it must be more than 0 seconds")
     manifest = Manifest.read(manifest_path)
@@ -114,7 +122,7 @@ def run(
     for task in todo:
         (task.work / "progress").unlink(missing_ok=True)  # of an earlier run
     with _progress(todo):
-        made = _make(todo, workers)
+        made = _make_on_dask(todo, scheduler) if backend == "dask" else _make(todo, workers)
     failures = write_failures(out)
     return Summary(
         videos=sum(m.videos for m in made),
@@ -156,6 +164,25 @@ def _make(todo: list[Task], workers: int) -> list[Made]:
                 f"a worker process was killed, probably for lack of memory; making {names} once more", file=sys.stderr
             )
     return list(made.values())
+
+
+def _make_on_dask(todo: list[Task], scheduler: str | None) -> list[Made]:
+    """Every task, on the workers of a running Dask cluster, which tries those of a killed worker again elsewhere."""
+    try:
+        from distributed import Client
+        from distributed.scheduler import KilledWorker
+    except ImportError as error:
+        raise ValueError("--backend dask needs Dask: pip install '.[preprocess,cluster]'") from error
+    with Client(scheduler, set_as_default=False) as client:
+        try:
+            with joblib.parallel_config(backend="dask", client=client, retries=1):
+                parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
+                return list(parallel(joblib.delayed(make_shard)(t) for t in todo))
+        except KilledWorker as error:
+            raise RuntimeError(
+                f"a shard's worker was killed again and again, probably for lack of memory ({error}): start fewer "
+                "workers a machine and run the same command again; finished shards are kept"
+            ) from error
 
 
 def plan(
