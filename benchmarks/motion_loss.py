@@ -1,8 +1,8 @@
 """python -m benchmarks.motion_loss --batches 4 8 16 32 64 128
 
-Takes about a minute on one idle CPU core and ends with a Markdown table: time and peak memory of equation (2), forward and
-backward with accuracy, as it is usually written (the matrix of logits, then cross-entropy) beside ours (tiles of rows).
-Sizes are the paper's: 49 motion points a clip, three negative windows, 512 channels, so that a batch of B has
+Takes about a minute on one idle CPU core and ends with a Markdown table: time and peak memory of equation (2), forward
+and backward with accuracy, as it is usually written (the matrix of logits, then cross-entropy) beside ours (tiles of
+rows). Sizes are the paper's: 49 motion points a clip, three negative windows, 512 channels, so that a batch of B has
 49·B × 196·B logits. Memory is what a case needs beyond its embeddings: every case is a process of its own, and its peak
 is measured against that after imports, inputs and a small warm-up run. On CUDA it is what torch's allocator counts.
 """

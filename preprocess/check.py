@@ -6,6 +6,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
+import simplejpeg
 from tqdm import tqdm
 
 from preprocess.shards import Shard, ShardSet, file_sha256, verify
@@ -36,9 +37,30 @@ def shard_problems(path: Path) -> list[str]:
     else:
         found = []
     try:
-        return found + verify(Shard(path))
+        shard = Shard(path)
     except ValueError as error:
         return [*found, str(error)]
+    return found + verify(shard) + picture_problems(shard)
+
+
+def picture_problems(shard: Shard) -> list[str]:
+    """Frames and I-frames whose JPEG header is not that of a picture of the shard's size; the first of each kind."""
+    s, found = shard.settings, []
+    kinds = {
+        "frame": (shard.frame_jpeg, len(shard.motion), (s.frame_height, s.frame_width)),
+        "I-frame": (shard.iframe_jpeg, len(shard.iframe_frame), (s.height, s.width)),
+    }
+    for kind, (jpeg, count, size) in kinds.items():
+        for number in range(count):
+            try:
+                shape = simplejpeg.decode_jpeg_header(jpeg(number))
+            except ValueError as error:
+                found.append(f"{shard.path}: the JPEG header of {kind} {number} is damaged: {error}")
+                break
+            if shape[:2] != size or shape[3] != "420":
+                found.append(f"{shard.path}: {kind} {number} is {shape[0]}x{shape[1]} {shape[3]}, not {size} 420")
+                break
+    return found
 
 
 def describe(folder: Path) -> str:

@@ -249,17 +249,19 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
 
 
 def stop_at(command: list[str], out: Path, step: int, number: int) -> tuple[int, str]:
-    """Start a command, signal it and its workers once the metrics reach a step; exit status and standard error."""
+    """Start a command, signal it and its workers once it has written a step; exit status and standard error."""
+    metrics = out / "metrics.jsonl"
+    before = metrics.stat().st_ino if metrics.exists() else 0  # a start puts a new file in place of the old one
     process = subprocess.Popen(
         command, cwd=ROOT, env=one_thread(), start_new_session=True, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
-    metrics = out / "metrics.jsonl"
     while process.poll() is None:
-        text = metrics.read_text() if metrics.exists() else ""
-        if text and any(json.loads(t)["step"] >= step for t in text.splitlines() if t.endswith("}")):
-            os.killpg(process.pid, number)
-            break
+        if metrics.exists() and metrics.stat().st_ino != before:
+            written = [json.loads(t)["step"] for t in metrics.read_text().splitlines() if t.endswith("}")]
+            if written and written[-1] >= step:
+                os.killpg(process.pid, number)
+                break
         time.sleep(0.005)
     errors = process.communicate(timeout=120)[1]
     return process.returncode, errors
@@ -271,10 +273,10 @@ def survive(tiny: Tiny, tmp_path: Path, signals: list[int], config: Config, seed
     options = ["--log-steps", "2", "--checkpoint-steps", "5", "--loader-workers"]
     statuses = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
     total = config.epochs * 6
-    for number in signals:
+    for position, number in enumerate(signals):
         done = json.loads((out / "checkpoint.json").read_text())["step"] if (out / "checkpoint.json").exists() else 0
-        # Early enough that the signal comes before the end, late enough that the run does get there.
-        step = rng.randint(done + 1, min(done + 2 * total // len(signals), total - 8))
+        # An equal share of what is left for each signal to come, so that each comes before the end.
+        step = done + rng.randint(1, max(1, (total - 8 - done) // (len(signals) - position)))
         arguments = train_command(tiny, out, config, *options, str(rng.randint(0, 2)))
         status, errors = stop_at(arguments, out, step, number)
         assert status == statuses[signal.Signals(number)], errors
