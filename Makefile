@@ -1,11 +1,11 @@
 # make demo   the main job on the embedded data: scenes -> shards -> training -> retrieval, a table and a picture
-# make test   the test suite
+# make test   the test suite; make soak runs the full counts of faults and kills
+# make bench  what is claimed about speed; make lint  style and types
 # The first of them sets up .venv with pinned versions. PYTHON chooses the interpreter (3.10 or later).
 
 PYTHON ?= python3
 VENV := .venv
-PY := OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python
-THREADS ?= $(shell nproc)
+PY := $(VENV)/bin/python
 WORKERS ?= $(shell nproc)
 OUT ?= demo_out
 SCENES := --shards $(OUT)/shards --manifest $(OUT)/scenes/manifest.csv
@@ -34,10 +34,10 @@ demo-all: demo
 	$(PY) -m eval compare $(OUT)/joint $(OUT)/context $(OUT)/motion $(SCENES) --picture $(OUT)/demo.png
 
 test: $(VENV)/ready
-	$(PY) -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak"
 
 soak: $(VENV)/ready
-	$(PY) -m pytest -m soak
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m soak
 
 bench: $(VENV)/ready
 	$(PY) benchmarks/motion_loss.py

@@ -61,6 +61,8 @@ def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
                         f"nearest videos, {name}", (0.5, 1), (0, 20), "axes fraction", "offset points",
                         ha="center", size=10, weight="bold",
                     )  # fmt: skip
+    legend = "neighbours framed green: the query's label; amber: a part of it; red: no part of it"
+    figure.text(0.99, 1 - 0.04 / figure.get_figheight(), legend, ha="right", va="top", size=8, color="#444444")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     return out
