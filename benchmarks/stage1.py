@@ -1,6 +1,6 @@
 """python -m benchmarks.stage1 --clips FOLDER_OR_FILE...
 
-Takes about three minutes on two idle CPU cores (--quick: half a minute) and ends with four Markdown tables: speed on
+Takes three to four minutes on two idle CPU cores (--quick: half of one) and ends with four Markdown tables: speed on
 every source, scaling to two workers, peak memory over the number of videos, and what Kinetics-400 takes on 64 cores.
 Three ways through the same clips, each a process of its own, in turns (limit usual ours limit usual ours ...):
 

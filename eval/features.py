@@ -19,7 +19,7 @@ from preprocess.shards import Settings, ShardSet
 from train import augment, checkpoint, runs
 from train.config import Config
 from train.data import ClipSet, Modality
-from train.loop import channels_last, choose_device, explaining_workers, leave_signals_to_parent
+from train.loop import channels_last, choose_device, explaining_workers, heed_only_parent
 from train.model import PretrainingModel
 
 Network = Literal["video", "iframe", "motion"]
@@ -100,7 +100,7 @@ def video_features(
         VIDEOS_A_BATCH,
         num_workers=workers,
         pin_memory=where.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=heed_only_parent,
     )
     features = []
     with torch.inference_mode():

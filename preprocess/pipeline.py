@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import joblib
 from tqdm import tqdm
@@ -97,8 +96,8 @@ def run(
     """Make every shard of the manifest that is not there yet (or every `part`-th of them).
 
     `backend` "dask" sends the shards to the cluster whose `scheduler` address is given; its workers must see the same
-    folders. Raises ValueError, before any work, where the folder holds shards of other settings, library versions or another
-    manifest, and RuntimeError where a worker is lost.
+    folders. Raises ValueError, before any work, where the folder holds shards of other settings, library versions or
+    another manifest, and RuntimeError where a worker is lost.
     """
     started = time.monotonic()
     if (backend == "dask") != (scheduler is not None):

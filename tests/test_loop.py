@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -303,7 +304,7 @@ def test_killed_and_terminated_it_ends_the_same(tiny: Tiny, tmp_path: Path) -> N
 def test_twenty_kills(tiny: Tiny, tmp_path: Path) -> None:
     signals = [signal.SIGKILL] * 20 + [signal.SIGTERM] * 3 + [signal.SIGINT] * 3
     random.shuffle(signals)
-    survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=60), seed=random.randrange(1 << 30))
+    survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=30), seed=random.randrange(1 << 30))
 
 
 def test_ctrl_c_is_no_traceback(
@@ -385,6 +386,27 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 6
     assert list(tmp_path.glob("*.partial")) == []
+
+
+def _worker(ready: Any) -> None:
+    loop.heed_only_parent(0)
+    ready.set()
+    time.sleep(600)
+
+
+def test_a_worker_ends_with_its_parents_signal_alone() -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    for number in ("INT", "TERM"):  # from a process that is not the parent
+        subprocess.run(["/bin/sh", "-c", f"kill -{number} {worker.pid}"], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 # ---- what is refused, and how it is said

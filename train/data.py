@@ -91,6 +91,22 @@ class PretrainSet(Dataset[Sample]):
         return len(self.video)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
+        """What torch's loader asks for: a batch. Decoding a clip pushes everything else out of the processor's caches,
+        which makes drawing four times as slow; so all are drawn first, then all decoded. Their pictures lie in one
+        array each, whose memory the allocator gets in huge pages or keeps; an array a clip would be paged in anew."""
+        drawn, s, stored = [self._drawn(key) for key in keys], self.sampling, self.shards.settings
+        clips = np.empty((len(keys), s.frames, stored.frame_height, stored.frame_width, 3), np.uint8)
+        iframes = np.empty((len(keys), 1, stored.height, stored.width, 3), np.uint8)
+        for (shard, frames, iframe, _), clip, picture in zip(drawn, clips, iframes):
+            decode_frames(shard, frames, clip)
+            decode_iframes(shard, iframe, picture)
+        return [{"clip": c, "iframe": i[0], **sample} for (*_, sample), c, i in zip(drawn, clips, iframes)]
+
+    def _drawn(self, key: tuple[int, int]) -> tuple[Shard, np.ndarray, np.ndarray, Sample]:
+        """(shard, the clip's frames (T,), its I-frame (1,), the sample without them), both numbered over the shard."""
         epoch, index = key
         s, rng = self.sampling, _generator(self.seed, epoch, index)
         shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
@@ -101,12 +117,10 @@ class PretrainSet(Dataset[Sample]):
         boxes = np.stack([draw_box(rng, self.cropping, width, height) for _ in range(s.negatives + 2)])
         flips = rng.random(s.negatives + 2) < self.cropping.flip
         motion, length = shard.motion, s.motion_frames
-        return {
-            "clip": decode_frames(shard, first + start + stride * np.arange(s.frames)),
+        sample = {
             "clip_box": boxes[0],
             "clip_flip": bool(flips[0]),
             "clip_photo": draw_photometric(rng, self.photometric),
-            "iframe": decode_iframes(shard, np.array([first_iframe + iframe]))[0],
             "iframe_box": boxes[-1],
             "iframe_flip": bool(flips[-1]),
             "iframe_photo": draw_photometric(rng, self.photometric),
@@ -116,6 +130,7 @@ class PretrainSet(Dataset[Sample]):
             "index": int(index),
             "label": int(self.label[index]),
         }
+        return shard, first + start + stride * np.arange(s.frames), np.array([first_iframe + iframe]), sample
 
 
 class FinetuneSet(Dataset[Sample]):
@@ -284,17 +299,19 @@ def select(shards: ShardSet, manifest: Manifest | None) -> tuple[np.ndarray, int
     return np.array([v for v, _, _ in rows], np.int64), len(manifest.paths) - len(rows)
 
 
-def decode_frames(shard: Shard, frames: np.ndarray) -> np.ndarray:
-    """Decode frames (n,), numbered over the shard, into one uint8 (n, h, w, 3) RGB array."""
-    out = np.empty((len(frames), shard.settings.frame_height, shard.settings.frame_width, 3), np.uint8)
+def decode_frames(shard: Shard, frames: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode frames (n,), numbered over the shard, into one uint8 (n, h, w, 3) RGB array, `out` or a new one."""
+    if out is None:
+        out = np.empty((len(frames), shard.settings.frame_height, shard.settings.frame_width, 3), np.uint8)
     for image, f in zip(out, frames.tolist()):
         _decode(shard.frame_jpeg(f), image, shard, f"frame {f}")
     return out
 
 
-def decode_iframes(shard: Shard, iframes: np.ndarray) -> np.ndarray:
-    """Decode I-frames (n,), numbered over the shard, into one uint8 (n, H, W, 3) RGB array."""
-    out = np.empty((len(iframes), shard.settings.height, shard.settings.width, 3), np.uint8)
+def decode_iframes(shard: Shard, iframes: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode I-frames (n,), numbered over the shard, into one uint8 (n, H, W, 3) RGB array, `out` or a new one."""
+    if out is None:
+        out = np.empty((len(iframes), shard.settings.height, shard.settings.width, 3), np.uint8)
     for image, k in zip(out, iframes.tolist()):
         _decode(shard.iframe_jpeg(k), image, shard, f"I-frame {k}")
     return out

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,7 +85,7 @@ def train(
         batch_sampler=schedule(sampler, step, total),
         num_workers=runtime.loader_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=heed_only_parent,
     )
     network: nn.Module = torch.compile(model) if runtime.compile else model  # type: ignore[assignment]
     if ranks > 1:
@@ -292,11 +294,20 @@ def schedule(sampler: EpochSampler, step: int, total: int) -> Iterator[list[tupl
         yield from sampler
 
 
-def leave_signals_to_parent(_: int) -> None:
+def heed_only_parent(_: int) -> None:
     """For a loader's worker: Ctrl-C, and schedulers that stop a job, signal every process of it. The training process
-    alone decides when to end, and its workers with it."""
+    alone decides when to end; its own SIGTERM ends its workers, anybody else's does not."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

@@ -1,0 +1,184 @@
+"""The ways to get a clip's frames that `benchmarks.loader` compares."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import simplejpeg
+
+from preprocess.shards import Shard
+from train.data import PretrainSet
+
+Key = tuple[int, int]
+Way = Callable[["list[Key]", "list[Clip]"], "Iterable[np.ndarray]"]
+"""(a batch of keys, what each of them decodes) -> the frames of each clip, as they come"""
+
+
+class Clip(NamedTuple):
+    """What a sample decodes: JPEGs in memory, and the frames' numbers in the source video."""
+
+    frames: list[bytes]
+    iframe: bytes
+    video: int
+    numbers: list[int]
+
+
+def readers(data: PretrainSet, videos: Path | None) -> dict[str, Way]:
+    """Every way that can run here, bound and ours first."""
+    settings, paths = data.shards.settings, data.shards.paths
+    height, width = settings.frame_height, settings.frame_width
+    frames = np.zeros((data.sampling.frames, height, width, 3), np.uint8)
+    iframe = np.zeros((settings.height, settings.width, 3), np.uint8)
+    plain = copy.copy(data)  # the same data set over h5py
+    plain.shards = copy.copy(data.shards)
+    files = [OrdinaryShard(s) for s in data.shards.shards]
+    plain.shards.shards = files  # type: ignore[assignment]
+
+    def bound(_: Key, clip: Clip) -> np.ndarray:
+        for jpeg, image in zip(clip.frames, frames):
+            simplejpeg.decode_jpeg(jpeg, "RGB", buffer=image)
+        simplejpeg.decode_jpeg(clip.iframe, "RGB", buffer=iframe)
+        return frames
+
+    def anew(key: Key, _: Clip) -> np.ndarray:
+        for file in files:
+            file.close()
+        return plain[key]["clip"]
+
+    def each(one: Callable[[Key, Clip], np.ndarray]) -> Way:
+        return lambda keys, clips: map(one, keys, clips)
+
+    ways: dict[str, Way] = {
+        "bound": each(bound),
+        "ours": lambda keys, _: [sample["clip"] for sample in data.__getitems__(keys)],
+        "ours, clips one by one": each(lambda key, _: data[key]["clip"]),
+        "h5py, file kept open": lambda keys, _: [sample["clip"] for sample in plain.__getitems__(keys)],
+        "h5py, opened for each clip": each(anew),
+    }
+    absent = missing(videos)
+    if videos is not None and "PyAV" not in absent:
+        ways["PyAV"] = each(lambda _, clip: decode_pyav(videos / paths[clip.video], clip.numbers, width, height))
+    if videos is not None and "torchcodec" not in absent:
+        for mode in ("exact", "approximate"):
+
+            def decode(_: Key, clip: Clip, mode: str = mode) -> np.ndarray:
+                return decode_torchcodec(videos / paths[clip.video], clip.numbers, width, height, mode)
+
+            ways[f"torchcodec, {mode}"] = each(decode)
+    return ways
+
+
+def missing(videos: Path | None) -> dict[str, str]:
+    """Decoders that cannot run here, and why."""
+    reasons = {}
+    for name, module in (("PyAV", "av"), ("torchcodec", "torchcodec.decoders")):
+        try:
+            __import__(module)
+            if videos is None:
+                reasons[name] = "no --videos"
+        except ModuleNotFoundError:
+            reasons[name] = "not installed"
+        except (OSError, RuntimeError) as error:  # torchcodec that finds no FFmpeg or another torch
+            reasons[name] = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+    return reasons
+
+
+@contextmanager
+def recorded(data: PretrainSet) -> Iterator[list[Clip]]:
+    """A list that fills with what every sample taken meanwhile decodes."""
+    clips: list[Clip] = []
+    frame_jpeg, iframe_jpeg = Shard.frame_jpeg, Shard.iframe_jpeg
+    taken: list[tuple[bytes, int]] = []
+
+    def frame(shard: Shard, number: int) -> np.ndarray:
+        jpeg = frame_jpeg(shard, number)
+        taken.append((bytes(jpeg), number))
+        return jpeg
+
+    def iframe(shard: Shard, number: int) -> np.ndarray:
+        jpeg = iframe_jpeg(shard, number)
+        index = int(np.searchsorted(shard.frame_offset, taken[0][1], "right")) - 1
+        first = int(shard.frame_offset[index])
+        before = sum(len(s) for s in data.shards.shards[: data.shards.shards.index(shard)])
+        numbers = [number - first for _, number in taken]
+        clips.append(Clip([jpeg for jpeg, _ in taken], bytes(jpeg), before + index, numbers))
+        taken.clear()
+        return jpeg
+
+    Shard.frame_jpeg, Shard.iframe_jpeg = frame, iframe  # type: ignore[method-assign]
+    try:
+        yield clips
+    finally:
+        Shard.frame_jpeg, Shard.iframe_jpeg = frame_jpeg, iframe_jpeg  # type: ignore[method-assign]
+
+
+class OrdinaryShard:
+    """A shard as one usually reads HDF5: what tells videos apart in memory, the rest sliced from h5py's datasets."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.path, self.settings = shard.path, shard.settings
+        self.frame_offset, self.iframe_frame = np.array(shard.frame_offset), np.array(shard.iframe_frame)
+        self.file: h5py.File | None = None
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def frame_jpeg(self, number: int) -> np.ndarray:
+        return self._jpeg("frames", number)
+
+    def iframe_jpeg(self, number: int) -> np.ndarray:
+        return self._jpeg("iframes", number)
+
+    @property
+    def motion(self) -> h5py.Dataset:
+        return self._opened()["motion"]
+
+    def _jpeg(self, kind: str, number: int) -> np.ndarray:
+        file = self._opened()
+        first, end = file[f"{kind}/jpeg_offset"][number : number + 2].tolist()
+        return file[f"{kind}/jpeg"][first:end]
+
+    def _opened(self) -> h5py.File:
+        if self.file is None:
+            self.file = h5py.File(self.path, "r")
+        return self.file
+
+
+def decode_pyav(path: Path, numbers: list[int], width: int, height: int) -> np.ndarray:
+    """Frames by their numbers: seek to the key frame before, decode on, resize only what is wanted."""
+    import av
+
+    out = np.zeros((len(numbers), height, width, 3), np.uint8)
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        rate, base, start = stream.average_rate, stream.time_base, stream.start_time or 0
+        assert rate is not None and base is not None
+        container.seek(start + int(numbers[0] / rate / base), stream=stream)
+        wanted = 0
+        for frame in container.decode(stream):
+            at = frame.pts if frame.pts is not None else frame.dts
+            if at is not None and round((at - start) * base * rate) < numbers[wanted]:
+                continue
+            out[wanted] = frame.reformat(width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
+            wanted += 1
+            if wanted == len(numbers):
+                break
+    return out
+
+
+def decode_torchcodec(path: Path, numbers: list[int], width: int, height: int, mode: str) -> np.ndarray:
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
+    resize = [Resize((height, width))]
+    decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode, transforms=resize)
+    return decoder.get_frames_at(numbers).data.numpy()

@@ -1,0 +1,43 @@
+"""The benchmarks of stage 2 run to their last table; how fast is not asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, one_thread
+
+
+def run(name: str, *options: str) -> list[list[str]]:
+    """The rows of all tables that `python -m benchmarks.NAME --quick` prints, as cells."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *options]
+    done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("| ")]
+
+
+def test_loader(tiny: tuple[Path, Path]) -> None:
+    rows = run("loader", "--shards", str(tiny[0]), "--videos", str(tiny[0].parent / "videos"))
+    first = [row[0].strip() for row in rows]
+    ways = ["bound", "ours", "h5py, file kept open", "h5py, opened for each clip", "PyAV", "faster decoder"]
+    assert [name for name in first if name in ways] == ways
+    assert any(name.startswith("torchcodec") for name in first), "neither measured nor said to be missing"
+    speed = {row[0].strip(): row for row in rows if row[0].strip() in ways[:-1]}
+    assert all(float(row[1]) > 0 and float(row[3]) > 0 for row in speed.values())
+    grown = [(int(row[0]), int(row[1])) for row in rows if len(row) == 6 and row[0].strip().isdigit()]
+    assert grown == [(4, 1), (80, 20)]
+    workers = [row for row in rows if row[0].strip().endswith("%")]
+    assert [row[0].strip() for row in workers] == ["25%", "50%", "75%", "100%"]
+    assert all(len([float(mb) for mb in cell.split(",")]) == 4 for row in workers for cell in row[1:])
+    assert {"augmentation", "step of C3D"} <= set(first)
+
+
+def test_train_step(tiny: tuple[Path, Path]) -> None:
+    rows = run("train_step", "--shards", str(tiny[0]), "--workers", "0")[1:]
+    assert [(row[0].strip(), row[2].split(",")[0].strip()) for row in rows] == [
+        (backbone, loop) for backbone in ("c3d", "r2plus1d26", "r3d26") for loop in ("ours", "plain")
+    ]
+    for row in rows:
+        flops, rate, waiting, gain = (float(row[k].strip().rstrip("%")) for k in (1, 3, 4, 6))
+        assert flops > 0 and rate > 0 and 0 < waiting < 100 and gain > 0
