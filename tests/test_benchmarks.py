@@ -25,7 +25,7 @@ def test_loader(tiny: tuple[Path, Path]) -> None:
     assert any(name.startswith("torchcodec") for name in first), "neither measured nor said to be missing"
     speed = {row[0].strip(): row for row in rows if row[0].strip() in ways[:-1]}
     assert all(float(row[1]) > 0 and float(row[3]) > 0 for row in speed.values())
-    grown = [(int(row[0]), int(row[1])) for row in rows if len(row) == 6 and row[0].strip().isdigit()]
+    grown = [(int(row[0]), int(row[1])) for row in rows if len(row) == 7 and row[0].strip().isdigit()]
     assert grown == [(4, 1), (80, 20)]
     workers = [row for row in rows if row[0].strip().endswith("%")]
     assert [row[0].strip() for row in workers] == ["25%", "50%", "75%", "100%"]

@@ -498,7 +498,7 @@ def test_a_damaged_frame_is_an_error_of_one_line(
 def test_a_worker_that_dies_is_explained(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PretrainSet, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(PretrainSet, "__getitems__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     arguments = train_command(tiny, tmp_path / "run", tiny_config(), "--loader-workers", "1")
     assert command.main(arguments[3:]) == 1
     errors = capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""What `check` finds: a flipped bit anywhere in a shard, and wrong content under a right checksum."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from test_shards import DATASETS, in_header, set_item, write
+
+from preprocess import check
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def assert_found(path: Path, place: int, bit: int) -> None:
+    """Flip a bit, have `check` find it and name the file, and put it back."""
+    whole = path.read_bytes()
+    flip(path, place, bit)
+    assert any(path.name in problem for problem in check.problems(path.parent)), (place, bit)
+    path.write_bytes(whole)
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    path = write(tmp_path, [14, 3], [("a", "b")]).path
+    assert check.problems(tmp_path) == []
+    return path
+
+
+def test_check_finds_a_flipped_bit_in_every_dataset(sound: Path) -> None:
+    with h5py.File(sound, "r") as f:
+        places = {n: f[n].id.get_offset() + f[n].size * f[n].dtype.itemsize // 2 for n in DATASETS}
+    for n, place in enumerate(places.values()):
+        assert_found(sound, place, n % 8)
+    assert check.problems(sound.parent) == []
+
+
+def test_check_finds_a_flipped_bit_in_every_attribute(sound: Path) -> None:
+    whole = sound.read_bytes()
+    with h5py.File(sound, "r") as f:
+        values = {k: v if isinstance(v, bytes) else v.tobytes() for k, v in f.attrs.items()}
+    for n, (name, value) in enumerate(values.items()):
+        header = whole.index(name.encode() + b"\0")  # the value follows the attribute's name
+        place = whole.index(value, header)
+        assert place - header < 200
+        assert_found(sound, place, n % 8)
+        assert_found(sound, header, n % 8)
+    assert check.problems(sound.parent) == []
+
+
+def flip_at_random(path: Path, count: int) -> None:
+    rng = np.random.default_rng(count)
+    size = path.stat().st_size
+    for k in range(count):  # every other one where HDF5 keeps its own records
+        place = int(rng.integers(0, size if k % 2 else min(size, 4096)))
+        assert_found(path, place, int(rng.integers(8)))
+    assert check.problems(path.parent) == []
+
+
+def test_check_finds_bits_flipped_at_random(sound: Path) -> None:
+    flip_at_random(sound, 10)
+
+
+@pytest.mark.soak
+def test_check_finds_many_bits_flipped_at_random(sound: Path) -> None:
+    flip_at_random(sound, 100)
+
+
+def test_check_finds_a_missing_a_changed_and_a_foreign_checksum(sound: Path) -> None:
+    sidecar = sound.with_name(sound.name + ".sha256")
+    line = sidecar.read_text()
+    for text, words in ("", "checksum differs"), ("0" + line[1:], "checksum differs"), (None, "missing"):
+        sidecar.unlink()
+        if text is not None:
+            sidecar.write_text(text)
+        assert any(words in p for p in check.problems(sound.parent))
+        sidecar.write_text(line)
+    assert check.problems(sound.parent) == []
+
+
+def test_check_survives_any_byte_of_the_metadata(sound: Path) -> None:
+    """Damage may surface anywhere in HDF5; every outcome is a sentence, none an exception."""
+    whole = sound.read_bytes()
+    for place in range(0, 4096, 41):
+        flip(sound, place, place % 8)
+        assert check.shard_problems(sound)
+        sound.write_bytes(whole)
+
+
+CONTENT = {
+    "rows": (set_item("videos/row", 0, 7), "do not make up"),
+    "an I-frame elsewhere": (set_item("iframes/frame", 1, 11), "not exactly every 12"),
+    "vectors on an I-frame": (set_item("motion", 12, 3), "I-frame carries motion"),
+    "a frame that is no JPEG": (set_item("frames/jpeg", 0, 0), "frames/jpeg holds bytes"),
+    "an I-frame that is no JPEG": (set_item("iframes/jpeg", -1, 0), "iframes/jpeg holds bytes"),
+    "a frame of another size": (in_header(6, 99), "frame 0 is 99x32"),
+    "a frame whose header is damaged": (in_header(1, 0), "JPEG header of frame 0"),
+    "an empty video": (set_item("videos/frame_offset", 1, 17), "no frame"),
+    "an empty picture": (set_item("frames/jpeg_offset", 1, 0), "empty image"),
+}
+
+
+@pytest.mark.parametrize("case", CONTENT)
+def test_check_finds_wrong_content_under_a_right_checksum(case: str, sound: Path) -> None:
+    mutate, words = CONTENT[case]
+    with h5py.File(sound, "r+") as f:
+        mutate(f)
+    digest = hashlib.sha256(sound.read_bytes()).hexdigest()
+    sound.with_name(sound.name + ".sha256").write_text(f"{digest}  {sound.name}\n")
+    problems = check.problems(sound.parent)
+    assert any(words in p for p in problems) and not any("checksum" in p for p in problems)
