@@ -40,7 +40,10 @@ soak: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m soak
 
 bench: $(VENV)/ready
-	$(PY) benchmarks/motion_loss.py
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.stage1
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.motion_loss
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.loader
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.train_step
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
