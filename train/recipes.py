@@ -59,7 +59,7 @@ def pretrain_ucf101_c3d_motion() -> Config:
 
 
 def small() -> Config:
-    """Beside the paper: a narrow R3D-10 on 8 frames of 64x64, which learns from a few hundred real videos on a CPU."""
+    """Beside the paper: a narrow R3D-10 on 8 frames of 64x64, to try things out on a CPU."""
     return Config(
         networks=Networks("r3d10", 16, 16, 16, predictor_width=128, head_hidden=256, head_out=128),
         sampling=Sampling(frames=8, stride=4),
