@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, every default the paper's or, where it is silent, what DESIGN of the run says.
+"""What a run is: frozen dataclasses; every default is the paper's or, where it is silent, the authors' released one.
 
 A recipe (train.recipes) is a function that returns a `Config`; the command line overrides single fields. Only what
 changes the result is here; how fast it is reached (device, workers, precision) is `Runtime`.
