@@ -1,0 +1,226 @@
+"""Manifests made from what is on disk: folders of videos, and Kinetics with its annotation lists."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from preprocess.manifest import VIDEO_EXTENSIONS, KineticsScan, Manifest, scan, scan_kinetics
+
+ROOT = Path(__file__).parent.parent
+OFFICIAL = ROOT.parent / "shared" / "data" / "splits"
+
+needs_official_lists = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official lists are not at {OFFICIAL}")
+
+# --- folders ---
+
+
+def tree(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+def triples(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return list(zip(manifest.paths, manifest.labels, manifest.subsets))
+
+
+def test_scan_class_folders(tmp_path: Path) -> None:
+    tree(tmp_path, "run/b.AVI", "run/deep/er/a.mp4", "jump, high/c (1)!.webm", "jump, high/notes.txt", "empty/readme")
+    assert triples(scan(tmp_path)) == [
+        ("jump, high/c (1)!.webm", "jump, high", ""),
+        ("run/b.AVI", "run", ""),
+        ("run/deep/er/a.mp4", "run", ""),
+    ]
+    assert scan(tmp_path, labels=False).labels == ("", "", "")
+
+
+def test_scan_flat_and_mixed_folders(tmp_path: Path) -> None:
+    tree(tmp_path, "b.mp4", "a.mov", "B.mp4")
+    assert triples(scan(tmp_path)) == [("B.mp4", "", ""), ("a.mov", "", ""), ("b.mp4", "", "")]
+    tree(tmp_path, "run/c.mp4")
+    assert triples(scan(tmp_path))[-1] == ("run/c.mp4", "run", "")
+    assert scan(tmp_path).label_numbers.tolist() == [-1, -1, -1, 0]
+
+
+def test_scan_subset_folders(tmp_path: Path) -> None:
+    tree(tmp_path, "train/run/a.mp4", "train/jump/x/b.mp4", "val/run/a.mp4", "test/c.mp4", "d.mp4", "notes/e.txt")
+    assert triples(scan(tmp_path)) == [
+        ("d.mp4", "", ""),
+        ("test/c.mp4", "", "test"),
+        ("train/jump/x/b.mp4", "jump", "train"),
+        ("train/run/a.mp4", "run", "train"),
+        ("val/run/a.mp4", "run", "val"),
+    ]
+    assert scan(tmp_path, labels=False).labels == ("",) * 5
+    tree(tmp_path, "walk/f.mp4")  # one folder of another name: train, val and test are then classes like it
+    assert set(scan(tmp_path).subsets) == {""}
+    assert scan(tmp_path).classes == ("test", "train", "val", "walk")
+
+
+def test_scan_takes_every_extension_and_skips_hidden_files(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"v{extension.upper()}" for extension in VIDEO_EXTENSIONS))
+    tree(tmp_path, "._v.avi", ".trash/v.avi", "avi", "v.avi.part", "v.csv", "folder.avi/real.mp4")
+    assert set(scan(tmp_path).paths) == {f"v{e.upper()}" for e in VIDEO_EXTENSIONS} | {"folder.avi/real.mp4"}
+
+
+def test_scan_follows_links_but_not_in_circles(tmp_path: Path) -> None:
+    tree(tmp_path / "elsewhere", "a.mp4")
+    tree(tmp_path / "set", "run/b.mp4")
+    (tmp_path / "set" / "jump").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "run" / "circle").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "run" / "gone.mp4").symlink_to(tmp_path / "gone.mp4")
+    assert scan(tmp_path / "set").paths == ("jump/a.mp4", "run/b.mp4", "run/gone.mp4")
+
+
+def test_scan_refuses_what_no_manifest_may_hold(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a folder"):
+        scan(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no video.*\.mp4"):
+        scan(tree(tmp_path / "empty", "readme.txt"))
+    with pytest.raises(ValueError, match=r"'2019/a.mp4': label '2019' is a number.*'class_2019'"):
+        scan(tree(tmp_path / "years", "2019/a.mp4"))
+    with pytest.raises(ValueError, match=r"holds a backslash"):
+        scan(tree(tmp_path / "backslash", "a\\b.mp4"))
+    (tmp_path / "latin").mkdir()
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path / "latin") + b"/caf\xe9.mp4")).touch()
+    except OSError:
+        pytest.skip("this file system takes no file names that are not UTF-8")
+    with pytest.raises(ValueError, match=r"not UTF-8: rename"):
+        scan(tmp_path / "latin")
+
+
+# --- Kinetics ---
+
+HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
+
+
+def kinetics(folder: Path, *lines: str, header: str = HEADER, name: str = "val.csv") -> Path:
+    (folder / name).write_text("\n".join((header, *lines, "")))
+    return folder / name
+
+
+def test_kinetics_names_times_and_folders(tmp_path: Path) -> None:
+    annotations = kinetics(
+        tmp_path,
+        "air drumming,aaaaaaaaaaa,36,46,val,0",  # on disk by id, in a folder with underscores
+        '"tying knot (not on a tie)",-b_b-b_b_00,417,427,val,1',  # by id and times; the id itself looks like times
+        "zumba,ccccccccccc,0,10,val,0",  # missing
+        "zumba,dddddddddd_,5,15,val,0",  # on disk at other times only
+        "abseiling,eeeeeeeeeee,1,11,val,0",  # the same id at two times, both on disk
+        "abseiling,eeeeeeeeeee,100,110,val,0",
+        "abseiling,fffffffffff,1,11,val,0",  # the same id in two classes: the folder decides
+        "zumba,fffffffffff,50,60,val,0",
+        "abseiling,ggggggggggg,1,11,val,0",  # the same id twice and no way to tell
+        "abseiling,ggggggggggg,50,60,val,0",
+        "zumba,hhhhhhhhhhh,7,17,val,0",  # times without padding, in the wrong folder: the list decides
+    )
+    folder = tree(
+        tmp_path / "videos",
+        "air_drumming/aaaaaaaaaaa.mp4",
+        "val/tying knot (not on a tie)/-b_b-b_b_00_000417_000427.MKV",
+        "zumba/dddddddddd__000004_000014.mp4",
+        "eeeeeeeeeee_000001_000011.mp4",
+        "eeeeeeeeeee_000100_000110.webm",
+        "Zumba/fffffffffff.mp4",
+        "abseiling/ggggggggggg.mp4",
+        "abseiling/hhhhhhhhhhh_7_17.avi",
+        "zumba/not annotated.mp4",
+        "zumba/zzzzzzzzzzz.mp4",
+        "zumba/ccccccccccc.txt",
+    )
+    found = scan_kinetics(folder, annotations)
+    assert triples(found.manifest) == [
+        ("Zumba/fffffffffff.mp4", "zumba", "val"),
+        ("abseiling/hhhhhhhhhhh_7_17.avi", "zumba", "val"),
+        ("air_drumming/aaaaaaaaaaa.mp4", "air drumming", "val"),
+        ("eeeeeeeeeee_000001_000011.mp4", "abseiling", "val"),
+        ("eeeeeeeeeee_000100_000110.webm", "abseiling", "val"),
+        ("val/tying knot (not on a tie)/-b_b-b_b_00_000417_000427.MKV", "tying knot (not on a tie)", "val"),
+    ]
+    assert found.missing == [
+        "zumba/ccccccccccc_000000_000010",
+        "zumba/dddddddddd__000005_000015",
+        "abseiling/fffffffffff_000001_000011",
+        "abseiling/ggggggggggg_000001_000011",
+        "abseiling/ggggggggggg_000050_000060",
+    ]
+    assert found.unannotated == [
+        "abseiling/ggggggggggg.mp4",
+        "zumba/dddddddddd__000004_000014.mp4",
+        "zumba/not annotated.mp4",
+        "zumba/zzzzzzzzzzz.mp4",
+    ]
+    assert found.copies == []
+
+
+def test_kinetics_lists_join_and_copies_are_told(tmp_path: Path) -> None:
+    train = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,train,0", "zumba,aaaaaaaaaaa,1,11,train,0", name="train.csv")
+    val = kinetics(tmp_path, "yoga,bbbbbbbbbbb,2,12,validate", header=HEADER.removesuffix(",is_cc"))
+    names = ["a/aaaaaaaaaaa.mp4", "b/aaaaaaaaaaa_000001_000011.mp4", "c/aaaaaaaaaaa_000001_000011.mp4"]
+    folder = tree(tmp_path / "videos", *names, "bbbbbbbbbbb.mp4")
+    found = scan_kinetics(folder, train, val)
+    assert isinstance(found, KineticsScan)
+    assert triples(found.manifest) == [(names[1], "zumba", "train"), ("bbbbbbbbbbb.mp4", "yoga", "val")]
+    assert (found.missing, found.unannotated, found.copies) == ([], [], [names[0], names[2]])
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("zumba,short,1,11,val,0", ("'short'", "11")),
+        ("zumba,#NAME?xxxxx,1,11,val,0", ("'#NAME?xxxxx'",)),
+        ("zumba,bbbbbbbbbbb,1.5,11,val,0", ("'1.5'", "whole seconds")),
+        ("zumba,bbbbbbbbbbb,11,11,val,0", ("'11' to '11'", "rising")),
+        ("zumba,bbbbbbbbbbb,1,11,dev,0", ("unknown split 'dev'", "train, val, validate, test")),
+        (
+            "yoga,aaaaaaaaaaa,1,11,val,0",
+            ("yoga/aaaaaaaaaaa_000001_000011", "line 2", "zumba/aaaaaaaaaaa_000001_000011"),
+        ),
+        ("zumba,aaaaaaaaaaa,1,11,train,0", ("(train)", "line 2", "(val)")),
+        ("zumba,bbbbbbbbbbb,1,11,val", ("5 fields", "6")),
+    ],
+)
+def test_kinetics_bad_annotations_are_refused_by_line(tmp_path: Path, line: str, parts: tuple[str, ...]) -> None:
+    annotations = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,val,0", line)
+    with pytest.raises(ValueError) as caught:
+        scan_kinetics(tree(tmp_path / "videos", "aaaaaaaaaaa.mp4"), annotations)
+    assert str(caught.value).startswith(f"{annotations}, line 3: ")
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_kinetics_refuses_what_matches_nothing(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "videos", "one.mp4", "two.mp4")
+    annotations = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,val,0")
+    with pytest.raises(ValueError, match=r"none of its 2 videos .* the 1 annotated .*aaaaaaaaaaa_000001_000011\.mp4"):
+        scan_kinetics(folder, annotations)
+    with pytest.raises(ValueError, match="no annotation list"):
+        scan_kinetics(folder)
+    with pytest.raises(ValueError, match="no rows below the header"):
+        scan_kinetics(folder, kinetics(tmp_path))
+    with pytest.raises(ValueError, match="line 1: column 'label' is missing"):
+        scan_kinetics(folder, kinetics(tmp_path, "aaaaaaaaaaa,1,11", header="youtube_id,time_start,time_end"))
+
+
+@needs_official_lists
+def test_kinetics_official_validation_list(tmp_path: Path) -> None:
+    annotations = OFFICIAL / "kinetics400" / "kinetics-400_val.csv"
+    with annotations.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = rows[::100]
+    folder = tree(
+        tmp_path,
+        *(f"{r['label']}/{r['youtube_id']}_{int(r['time_start']):06d}_{int(r['time_end']):06d}.mp4" for r in kept),
+    )
+    found = scan_kinetics(folder, annotations)
+    assert Counter(found.manifest.labels) == Counter(row["label"] for row in kept)
+    assert all(path.split("/")[0] == label for path, label in zip(found.manifest.paths, found.manifest.labels))
+    assert len(found.missing) == 19906 - len(kept)
+    assert not found.unannotated and not found.copies and set(found.manifest.subsets) == {"val"}
