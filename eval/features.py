@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from train import augment, checkpoint, runs
 from train.config import Config
 from train.data import ClipSet, Modality
 from train.loop import channels_last, choose_device, explaining_workers, heed_only_parent
-from train.model import PretrainingModel
+from train.model import FinetuningModel, PretrainingModel, build_model
 
 Network = Literal["video", "iframe", "motion"]
 NETWORKS: dict[Network, str] = {"video": "V-Network", "iframe": "I-Network", "motion": "M-Network"}
@@ -39,13 +38,10 @@ class Run:
     weights: str
     """'initial' (untrained), 'last', or the name of a kept checkpoint such as 'epoch-0005'."""
     epoch: float
-    model: PretrainingModel
+    model: PretrainingModel | FinetuningModel
 
     def weights_sha256(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return checkpoint.sha256(self.model.state_dict())
 
 
 def load_run(folder: Path, weights: str = "last") -> Run:
@@ -53,10 +49,10 @@ def load_run(folder: Path, weights: str = "last") -> Run:
     about = runs.read(folder)
     config = Config.from_json(json.dumps(about["config"]))
     torch.manual_seed(config.seed)  # as the training loop does before it builds the networks
-    model = PretrainingModel(config)
+    model = build_model(config, len(about["classes"]))
     epoch = 0.0
     if weights != "initial":
-        saved = folder / ("checkpoint.pt" if weights == "last" else f"{weights}.pt")
+        saved = checkpoint.weights_path(folder, weights)
         state = checkpoint.load(saved)
         checkpoint.load_weights(model, state["model"], saved)
         epoch = float(state["epoch"])
@@ -115,11 +111,10 @@ def video_features(
 def part(run: Run, network: Network) -> nn.Module:
     """The V-, I- or M-Network of a run."""
     module = getattr(run.model, network, None)
+    if network == "motion":
+        module = getattr(module, "network", None)
     if module is None:
-        raise ValueError(
-            f"{run.folder} has no {NETWORKS[network]}: it was trained with alpha {run.config.objective.alpha}, which "
-            "gives that task no weight"
-        )
+        raise ValueError(f"{run.folder} has no {NETWORKS[network]}: what it was trained for needs none")
     return module
 
 

@@ -127,7 +127,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def tiny_config(**changes: Any) -> Config:
     """A run that takes about two seconds: six steps an epoch on the videos of `tiny`."""
     small = replace(
-        RECIPES["small"](),
+        RECIPES["small"].config,
         networks=Networks("r3d10", 4, 4, 4, predictor_width=16, head_hidden=16, head_out=8),
         sampling=Sampling(frames=8, stride=2, negatives=1),
         size=32,
@@ -139,7 +139,7 @@ def tiny_config(**changes: Any) -> Config:
 
 def train_command(tiny: tuple[Path, Path], out: Path, config: Config, *options: str) -> list[str]:
     """`python -m train small …`, to be run in ROOT, with the flags that make it train `config`."""
-    usual, flags = flatten(asdict(RECIPES["small"]())), []
+    usual, flags = flatten(asdict(RECIPES["small"].config)), []
     for key, value in flatten(asdict(config)).items():
         if value != usual[key]:
             flags += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]

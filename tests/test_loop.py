@@ -569,7 +569,7 @@ def test_a_config_survives_json(config: Config) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_survive_json(name: str) -> None:
-    assert Config.from_json(RECIPES[name]().to_json()) == RECIPES[name]()
+    assert Config.from_json(RECIPES[name].config.to_json()) == RECIPES[name].config
 
 
 def test_unknown_and_missing_keys_list_the_valid_ones() -> None:

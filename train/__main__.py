@@ -10,21 +10,20 @@ goes on where a run was interrupted. torchrun spreads it over GPUs and machines.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from train.config import Config, Runtime
+from train.config import Finetuning, Pretraining, Runtime
 
 DONE, ERROR, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arguments:
     shards: Path
     """Folder of shards that stage 1 made."""
@@ -34,16 +33,34 @@ class Arguments:
     """Folder of the run: run.json, metrics.jsonl, checkpoint.pt."""
     subset: str = "train"
     """Rows of the manifest to use; 'all' takes every row."""
-    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     runtime: Annotated[Runtime, tyro.conf.arg(name="")] = field(default_factory=Runtime)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingArguments(Arguments):
+    config: Annotated[Pretraining, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningArguments(Arguments):
+    pretrained: Path | None = None
+    """The run whose V-Network a finetune recipe begins from."""
+    pretrained_weights: str = "last"
+    """Its last weights, or a kept epoch's such as epoch-0005."""
+    config: Annotated[Finetuning, tyro.conf.arg(name="")]
+
+
+ARGUMENTS = {Pretraining: PretrainingArguments, Finetuning: FinetuningArguments}
 
 
 def list_recipes() -> None:
     from train.recipes import RECIPES
 
     for name, recipe in RECIPES.items():
-        c = recipe()
-        print(f"{name}\n    {inspect.getdoc(recipe)}\n    batch {c.batch_size}, {c.epochs} epochs, {c.size}x{c.size}")
+        c = recipe.config
+        print(f"{name}\n    {recipe.about}\n    batch {c.batch_size}, {c.epochs} epochs, {c.size}x{c.size}")
+        if recipe.base:
+            print(f"    differs from {recipe.base}: {', '.join(recipe.changes())}")
 
 
 def main(argv: list[str]) -> int:
@@ -78,18 +95,23 @@ def run(argv: list[str]) -> int:
         return DONE if helping else USAGE
     recipe = RECIPES[argv[0]]
     missing = tyro.MISSING
-    default = Arguments(shards=missing, manifest=missing, out=missing, config=recipe())
-    a = tyro.cli(
-        Arguments, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.__doc__
-    )
+    kind: Any = ARGUMENTS[type(recipe.config)]
+    default = kind(shards=missing, manifest=missing, out=missing, config=recipe.config)
+    a = tyro.cli(kind, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.about)
     from preprocess.manifest import Manifest
+    from train import checkpoint
     from train.loop import Terminated, train
+    from train.runs import Origin
 
     rows = Manifest.read(a.manifest)
     if a.subset != "all":
         rows = rows.subset(a.subset)
+    pretrained = None
+    if isinstance(a, FinetuningArguments) and a.pretrained:
+        pretrained = checkpoint.load_pretrained(a.pretrained, a.pretrained_weights)
+    origin = Origin(argv[0], a.manifest.stem, a.subset, pretrained)
     try:
-        train(a.config, a.runtime, a.shards, rows, a.out, argv[0])
+        train(a.config, a.runtime, a.shards, rows, a.out, origin)
     except Terminated as stop:
         print(f"{process()}terminated: {stop}", file=sys.stderr)
         return TERMINATED

@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from train.draws import Cropping, Photometric, Sampling, at_least
+from train.draws import Cropping, Photometric, Sampling, at_least, one_of
+
+MotionLoss = Literal["infonce", "mse", "cross_entropy"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,14 @@ class Networks:
 
 @dataclass(frozen=True)
 class Objective:
-    """Equations (1) to (3)."""
+    """Equations (1) to (3), and the losses of table 1."""
 
     alpha: float = 0.5
     """Weight of motion prediction against context matching; 0 trains context alone, 1 motion alone (table 4)."""
+    motion_loss: MotionLoss = "infonce"
+    """Equation (2) on features; or, on the vectors themselves, the mean squared error or a classification (table 1)."""
+    motion_bins: int = 21
+    """Classes each of dx and dy for cross_entropy, of equal width over ±10 pixels; stillness is the middle of one."""
     context_temperature: float = 0.1
     """τ of equation (1); the paper gives none, the authors' release 0.1."""
     motion_temperature: float = 0.1
@@ -53,6 +59,29 @@ class Objective:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; it weighs motion against context and lies within [0, 1]")
+        one_of("motion_loss", self.motion_loss, ("infonce", "mse", "cross_entropy"))
+        at_least("motion_bins", self.motion_bins, 2)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Training with labels (section 4.1, 'finetuning settings'; table 6)."""
+
+    start: Literal["pretrained", "scratch"] = "pretrained"
+    """Begin from the V-Network of a pretraining run (--pretrained RUN), or from random weights."""
+    dropout: float = 0.3
+    """Share of the pooled features that is dropped before the classifier."""
+    motion_weight: float = 0.0
+    """Weight of equation (2) beside the cross-entropy, as regularisation; table 6 has 0.2."""
+    motion_temperature: float = 0.1
+    """τ of equation (2)."""
+
+    def __post_init__(self) -> None:
+        one_of("start", self.start, ("pretrained", "scratch"))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; choose a share from 0 to below 1")
+        if self.motion_weight < 0:
+            raise ValueError(f"motion_weight is {self.motion_weight}; choose 0 (none) or more")
 
 
 @dataclass(frozen=True)
@@ -73,13 +102,15 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Config:
-    """One pretraining run."""
+    """What every run has; `Pretraining` and `Finetuning` add what they optimise."""
+
+    task: ClassVar[str]
+    """Which of them it is, in JSON."""
 
     networks: Networks = field(default_factory=Networks)
     sampling: Sampling = field(default_factory=Sampling)
     cropping: Cropping = field(default_factory=Cropping)
     photometric: Photometric = field(default_factory=Photometric)
-    objective: Objective = field(default_factory=Objective)
     optimiser: Optimiser = field(default_factory=Optimiser)
     size: int = 112
     """Height and width of clips and I-frames after the crop, pixels."""
@@ -96,20 +127,66 @@ class Config:
         at_least("seed", self.seed, 0)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return json.dumps(self._values(), sort_keys=True)
 
-    @classmethod
-    def from_json(cls, text: str) -> Config:
+    @staticmethod
+    def from_json(text: str) -> Config:
         """Raises ValueError naming the keys that are unknown or missing."""
-        return _build(cls, json.loads(text), "config")
+        values = json.loads(text)
+        kind = TASKS.get(values.pop("task", None))
+        if kind is None:
+            raise ValueError(f"the configuration is of no known task; there are {', '.join(TASKS)}")
+        return _build(kind, values, "config")
+
+    def changed(self, changes: dict[str, Any]) -> Config:
+        """A copy with other values of some fields, named as on the command line: {"objective.alpha": 0}."""
+        values = self._values()
+        for name, value in changes.items():
+            *path, last = name.split(".")
+            node = values
+            for key in path:
+                node = node[key]
+            if last not in node:
+                raise ValueError(f"no field is called {name}; here there are {', '.join(node)}")
+            node[last] = value
+        return self.from_json(json.dumps(values))
 
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def differences(self, other: Config) -> list[str]:
         """Fields in which `other` differs, as 'name: other's value there, mine here'."""
-        mine, theirs = flatten(dataclasses.asdict(self)), flatten(dataclasses.asdict(other))
+        mine, theirs = flatten(self._values()), flatten(other._values())
         return [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
+
+    def changes(self, base: Config) -> list[str]:
+        """Fields in which this differs from `base`, as 'name: value (base's)'."""
+        mine, theirs = flatten(self._values()), flatten(base._values())
+        return [f"{k} {v} ({theirs.get(k)})" for k, v in mine.items() if theirs.get(k) != v]
+
+    def _values(self) -> dict[str, Any]:
+        return {"task": self.task, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Pretraining(Config):
+    """One pretraining run: context matching and motion prediction, without labels."""
+
+    task = "pretraining"
+
+    objective: Objective = field(default_factory=Objective)
+
+
+@dataclass(frozen=True)
+class Finetuning(Config):
+    """One run with labels, from a pretrained V-Network or from scratch."""
+
+    task = "finetuning"
+
+    supervision: Supervision = field(default_factory=Supervision)
+
+
+TASKS: dict[str, type[Config]] = {kind.task: kind for kind in (Pretraining, Finetuning)}
 
 
 @dataclass(frozen=True)

@@ -112,31 +112,29 @@ class PretrainSet(Dataset[Sample]):
         shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
         start, stride, window = draw_clip(rng, frames, s, iframes)
         iframe = draw_iframe(rng, iframes, start, start + s.span(stride) - 1, s.iframe_reach)
-        windows = [window, *draw_negatives(rng, frames, window, s, iframes)]
         width, height = shard.settings.width, shard.settings.height
-        boxes = np.stack([draw_box(rng, self.cropping, width, height) for _ in range(s.negatives + 2)])
-        flips = rng.random(s.negatives + 2) < self.cropping.flip
-        motion, length = shard.motion, s.motion_frames
-        sample = {
-            "clip_box": boxes[0],
-            "clip_flip": bool(flips[0]),
+        sample: Sample = {
+            "clip_box": draw_box(rng, self.cropping, width, height),
+            "clip_flip": bool(rng.random() < self.cropping.flip),
             "clip_photo": draw_photometric(rng, self.photometric),
-            "iframe_box": boxes[-1],
-            "iframe_flip": bool(flips[-1]),
+            "iframe_box": draw_box(rng, self.cropping, width, height),
+            "iframe_flip": bool(rng.random() < self.cropping.flip),
             "iframe_photo": draw_photometric(rng, self.photometric),
-            "motion": np.stack([motion[first + w : first + w + length] for w in windows]),
-            "motion_box": boxes[:-1],
-            "motion_flip": flips[:-1],
             "index": int(index),
             "label": int(self.label[index]),
         }
+        windows = [window, *draw_negatives(rng, frames, window, s, iframes)]
+        sample |= _motion(shard, first, windows, s, sample, self.cropping, rng)
         return shard, first + start + stride * np.arange(s.frames), np.array([first_iframe + iframe]), sample
 
 
 class FinetuneSet(Dataset[Sample]):
     """One random clip a video and epoch, with its label: `data[epoch, index]`, keyed as `PretrainSet`'s samples.
 
-    Every video serves: one shorter than the clip repeats from its start, as at evaluation.
+    Every video serves: one shorter than the clip repeats from its start, as at evaluation. With `with_motion` a sample
+    has motion windows and `serves` (bool) too. The clip then leaves room for its window, at a smaller stride where the
+    video is short; where no stride does, the clip is taken as without motion, `serves` is false and the maps are zero:
+    such a video trains the classifier alone. `unserved` counts them.
 
     Raises ValueError as `select` does, and where a video has no label.
     """
@@ -149,6 +147,7 @@ class FinetuneSet(Dataset[Sample]):
         cropping: Cropping,
         photometric: Photometric,
         seed: int = 0,
+        with_motion: bool = False,
     ) -> None:
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
@@ -160,7 +159,9 @@ class FinetuneSet(Dataset[Sample]):
                 "or make the shards from a manifest that labels them"
             )
         self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
-        self.seed = seed
+        self.seed, self.with_motion = seed, with_motion
+        frames = shards.frames[self.video].tolist()
+        self.unserved = sum(not largest_stride(f, sampling) for f in frames) if with_motion else 0
 
     def __len__(self) -> int:
         return len(self.video)
@@ -168,16 +169,24 @@ class FinetuneSet(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         s, rng = self.sampling, _generator(self.seed, epoch, index)
-        shard, first, frames, _, _ = _extent(self.shards, int(self.video[index]))
-        start = int(rng.integers(max(frames - s.span(s.stride), 0) + 1))
-        return {
-            "clip": decode_frames(shard, first + (start + s.stride * np.arange(s.frames)) % frames),
+        shard, first, frames, iframes, _ = _extent(self.shards, int(self.video[index]))
+        serves = self.with_motion and largest_stride(frames, s) > 0
+        if serves:
+            start, stride, window = draw_clip(rng, frames, s, iframes)
+        else:
+            start, stride = int(rng.integers(max(frames - s.span(s.stride), 0) + 1)), s.stride
+        sample: Sample = {
+            "clip": decode_frames(shard, first + (start + stride * np.arange(s.frames)) % frames),
             "clip_box": draw_box(rng, self.cropping, shard.settings.width, shard.settings.height),
             "clip_flip": bool(rng.random() < self.cropping.flip),
             "clip_photo": draw_photometric(rng, self.photometric),
             "index": int(index),
             "label": int(self.label[index]),
         }
+        if self.with_motion:
+            windows = [window, *draw_negatives(rng, frames, window, s, iframes)] if serves else []
+            sample |= {"serves": serves} | _motion(shard, first, windows, s, sample, self.cropping, rng)
+        return sample
 
 
 class ClipSet(Dataset[Sample]):
@@ -325,6 +334,29 @@ def _decode(jpeg: np.ndarray, image: np.ndarray, shard: Shard, what: str) -> Non
         raise ValueError(f"{shard.path}: {what} is damaged ({error}); check the file and make it again") from error
     if shape != image.shape:
         raise ValueError(f"{shard.path}: {what} has shape {shape}, not {image.shape}; make the file again")
+
+
+def _motion(
+    shard: Shard,
+    first: int,
+    windows: list[int],
+    s: Sampling,
+    clip: Sample,
+    cropping: Cropping,
+    rng: np.random.Generator,
+) -> Sample:
+    """Motion windows of the video whose first frame is `first`, the positive one first, with its clip's crop and flip;
+    zeros where there are no windows."""
+    maps, count, length = shard.motion, 1 + s.negatives, s.motion_frames
+    width, height = shard.settings.width, shard.settings.height
+    boxes = [clip["clip_box"], *(draw_box(rng, cropping, width, height) for _ in range(s.negatives))]
+    flips = rng.random(s.negatives) < cropping.flip
+    stored = [maps[first + w : first + w + length] for w in windows]
+    return {
+        "motion": np.stack(stored) if stored else np.zeros((count, length, *maps.shape[1:]), maps.dtype),
+        "motion_box": np.stack(boxes),
+        "motion_flip": np.array([clip["clip_flip"], *flips]),
+    }
 
 
 def _extent(shards: ShardSet, video: int) -> tuple[Shard, int, int, np.ndarray, int]:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 Period = Literal["future", "current"]
+Motion = Literal["vectors", "flow"]
 ShortVideos = Literal["fit", "drop"]
 Generator = np.random.Generator
 
@@ -36,6 +37,8 @@ class Sampling:
     """Frames skipped between a clip's last frame and its future motion window."""
     period: Period = "future"
     """Motion to be predicted: after the clip, or in its middle (table 1)."""
+    motion: Motion = "vectors"
+    """What is predicted: the stream's motion vectors, or TV-L1 optical flow where the shards hold it (table 4)."""
     negatives: int = 3
     """Further motion windows of the same video, none of which overlaps the positive one."""
     iframe_reach: int = 5
@@ -51,6 +54,7 @@ class Sampling:
         for name in ("gap", "negatives", "iframe_reach"):
             at_least(name, getattr(self, name), 0)
         one_of("period", self.period, ("future", "current"))
+        one_of("motion", self.motion, ("vectors", "flow"))
         one_of("short_videos", self.short_videos, ("fit", "drop"))
 
     def span(self, stride: int) -> int:

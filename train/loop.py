@@ -20,12 +20,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from preprocess.manifest import Manifest
-from preprocess.shards import Settings, ShardSet
-from train import augment, checkpoint, distributed, runs
-from train.config import Config, Optimiser, Runtime
-from train.data import EpochSampler, PretrainSet
-from train.model import PretrainingModel
-from train.objectives import Loss, context_matching, joint, motion_prediction
+from preprocess.shards import ShardSet
+from train import checkpoint, distributed, runs
+from train.config import Config, Finetuning, Optimiser, Runtime
+from train.data import EpochSampler
+from train.tasks import Task, make_task
 
 WARMUP_START = 0.01
 
@@ -48,24 +47,26 @@ def leaving_cleanly() -> Iterator[None]:
 
 @leaving_cleanly()
 def train(
-    config: Config, runtime: Runtime, shards: Path, manifest: Manifest, out: Path, recipe: str = ""
+    config: Config, runtime: Runtime, shards: Path, manifest: Manifest, out: Path, origin: runs.Origin = runs.UNNAMED
 ) -> dict[str, Any]:
-    """Pretrain, or go on from out/checkpoint.pt; returns the last line of metrics.
+    """Train what `config` says, or go on from out/checkpoint.pt; returns the last line of metrics.
 
-    Everything random is a function of (seed, epoch, video) or (seed, step), so a run that was killed ends as one that
-    was not. Raises ValueError where `out` holds another run, FloatingPointError naming the step where the loss is not
+    `origin` names where things came from; the pretrained run in it gives the first weights of the V-Network. Everything
+    random is a function of (seed, epoch, video) or (seed, step), so a run that was killed ends as one that was not.
+    Raises ValueError where `out` holds another run, FloatingPointError naming the step where the loss is not
     finite (the last good checkpoint stays), OSError where saving fails (likewise), Terminated after SIGTERM.
     """
     device = distributed.start(torch.device(choose_device(runtime.device)))
     main, ranks = distributed.rank() == 0, distributed.world_size()
     torch.backends.cudnn.benchmark = True
     shard_set = ShardSet(shards)
-    data = PretrainSet(shard_set, manifest, config.sampling, config.cropping, config.photometric, config.seed)
+    torch.manual_seed(config.seed)
+    task = make_task(config, shard_set, manifest)
+    data, model = task.data, task.model.to(device)
     sampler = EpochSampler(len(data), config.batch_size, distributed.rank(), ranks, config.seed)
     total = config.epochs * sampler.steps
-    runs.claim(out, config, manifest, shard_set, recipe, write=main)
-    torch.manual_seed(config.seed)
-    model = PretrainingModel(config).to(device)
+    begin_from(origin.pretrained, config, model)
+    runs.claim(out, config, manifest, shard_set, origin, write=main)
     channels_last(model)
     distributed.synchronise_batch_norm(model)
     optimiser = make_optimiser(config.optimiser, model, device)
@@ -91,7 +92,7 @@ def train(
     if ranks > 1:
         network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
     if main:
-        say(data, sampler, model, device, step, total)
+        say(task, sampler, model, device, step, total)
         metrics = runs.Metrics(out / "metrics.jsonl", step)
     line: dict[str, Any] = metrics.last if main else {}
     stop = Flag(signal.SIGTERM)
@@ -109,14 +110,14 @@ def train(
                 group["lr"] = rate
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bfloat16"):
-                loss, context, motion = losses(network, batch, config, shard_set.settings)
+                loss, found = task.loss(network, batch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimiser.clip_norm)
             optimiser.step()
             step += 1
             bar.update()
-            pending.append(torch.stack([loss.detach(), *context, *motion, norm]).detach().float())
+            pending.append(torch.stack([loss, *found, norm]).detach().float())
             end_of_epoch = step % sampler.steps == 0
             saving = end_of_epoch or step % runtime.checkpoint_steps == 0
             writing = saving or step % runtime.log_steps == 0
@@ -129,7 +130,7 @@ def train(
             if writing:
                 elapsed = time.monotonic() - since
                 line = {"step": step, "epoch": round(step / sampler.steps, 4), "lr": rate}
-                line |= summarise(rows, config.objective.alpha)
+                line |= dict(zip(("loss", *task.columns, "gradient_norm"), rows.mean(0).tolist(), strict=True))
                 line |= {
                     "clips_per_second": (step - first) * config.batch_size / elapsed,
                     "waiting": waited / elapsed,
@@ -154,39 +155,25 @@ def train(
     return line
 
 
-def losses(
-    network: nn.Module, batch: dict[str, Tensor], config: Config, settings: Settings
-) -> tuple[Tensor, Loss, Loss]:
-    """(J times its scale, context loss and accuracy, motion loss and accuracy) of a batch as `PretrainSet` makes it."""
-    alpha, o = config.objective.alpha, config.objective
-    with torch.no_grad(), torch.autocast(batch["clip"].device.type, enabled=False):
-        clip, iframe, motion = inputs(batch, config, settings)
-    embeddings = network(clip, iframe, motion)
-    nothing = Loss(torch.zeros((), device=clip.device), torch.zeros((), device=clip.device))
-    context = context_matching(embeddings.clips, embeddings.iframes, o.context_temperature) if alpha < 1 else nothing
-    future = (
-        motion_prediction(embeddings.predicted, embeddings.positives, embeddings.negatives, o.motion_temperature)
-        if alpha > 0
-        else nothing
-    )
-    return joint(context.value, future.value, alpha, o.loss_scale), context, future
-
-
-def inputs(batch: dict[str, Tensor], config: Config, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A batch, cropped, flipped and coloured on its device: clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion
-    (B, 1+K, 2, W, M, M); None where a task has no weight."""
-    size, taps = config.size, config.photometric.blur_taps
-    clip = augment.crop(batch["clip"], batch["clip_box"], batch["clip_flip"], size)
-    clip = augment.normalise(augment.photometric(clip, batch["clip_photo"], taps))
-    iframe = motion = None
-    if config.objective.alpha < 1:
-        iframe = augment.crop(batch["iframe"][:, None], batch["iframe_box"], batch["iframe_flip"], size)
-        iframe = augment.normalise(augment.photometric(iframe, batch["iframe_photo"], taps))
-    if config.objective.alpha > 0:
-        windows, boxes, flips = (batch[k].flatten(0, 1) for k in ("motion", "motion_box", "motion_flip"))
-        motion = augment.crop_motion(windows, boxes, flips, config.motion_size, settings.width, settings.height)
-        motion = motion.unflatten(0, batch["motion"].shape[:2])
-    return clip, iframe, motion
+def begin_from(pretrained: checkpoint.Pretrained | None, config: Config, model: nn.Module) -> None:
+    """Give the V-Network the weights of a pretraining run, where the configuration wants them."""
+    wanted = isinstance(config, Finetuning) and config.supervision.start == "pretrained"
+    if wanted and pretrained is None:
+        raise ValueError(
+            "this recipe begins from a pretrained network: name its run with --pretrained RUN, or take the recipe that "
+            "begins from scratch"
+        )
+    if pretrained is None:
+        return
+    if not wanted:
+        raise ValueError("--pretrained was given, but this recipe begins from scratch; take a finetune recipe")
+    mine, theirs = config.networks, pretrained.config.networks
+    if (mine.backbone, mine.width) != (theirs.backbone, theirs.width):
+        raise ValueError(
+            f"{pretrained.folder} holds a {theirs.backbone} of width {theirs.width}, this recipe a {mine.backbone} of "
+            f"width {mine.width}; take the recipe of that backbone"
+        )
+    checkpoint.load_weights(model.video, pretrained.video, pretrained.folder)  # type: ignore[arg-type]
 
 
 def choose_device(name: str) -> str:
@@ -235,23 +222,14 @@ def check_finite(rows: np.ndarray, step: int) -> None:
             )
 
 
-def summarise(rows: np.ndarray, alpha: float) -> dict[str, float]:
-    """Means over the steps of a line; losses unscaled, accuracies as table 7 reports them."""
-    loss, context, context_accuracy, motion, motion_accuracy, norm = (float(x) for x in rows.mean(0))
-    line = {"loss": loss}
-    if alpha < 1:
-        line |= {"context_loss": context, "context_accuracy": context_accuracy}
-    if alpha > 0:
-        line |= {"motion_loss": motion, "motion_accuracy": motion_accuracy}
-    return line | {"gradient_norm": norm}
-
-
 def dense(line: dict[str, float]) -> str:
-    tasks = [
-        f"{task} {line[f'{task}_loss']:.2f} ({100 * line[f'{task}_accuracy']:.0f} %)"
-        for task in ("context", "motion")
-        if f"{task}_loss" in line
-    ]
+    """A line of metrics for people: every task's loss, its accuracy in brackets."""
+    tasks = []
+    for name, value in line.items():
+        if name.endswith("_loss"):
+            accuracy = line.get(name.replace("_loss", "_accuracy"))
+            found = f" ({100 * accuracy:.0f} %)" if accuracy is not None else ""
+            tasks.append(f"{name.removesuffix('_loss')} {value:.2f}{found}")
     return (
         f"epoch {line['epoch']:.1f}, {', '.join(tasks)}, lr {line['lr']:.2g}, {line['clips_per_second']:.1f} clips/s, "
         f"waiting {100 * line['waiting']:.0f} %"
@@ -273,14 +251,12 @@ class Flag:
         return bool(distributed.mean_over_ranks(torch.tensor(float(self.raised), device=device)) > 0)
 
 
-def say(
-    data: PretrainSet, sampler: EpochSampler, model: nn.Module, device: torch.device, step: int, total: int
-) -> None:
+def say(task: Task, sampler: EpochSampler, model: nn.Module, device: torch.device, step: int, total: int) -> None:
     """What is about to be trained on what, in three lines."""
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{len(data)} videos ({data.dropped} too short, {data.failed} failed in stage 1), {sampler.steps} steps an "
-        f"epoch, {sampler.dropped} videos wait for another epoch each time\n"
+        f"{len(task.data)} videos ({task.about_data()}, {task.data.failed} failed in stage 1), {sampler.steps} steps "
+        f"an epoch, {sampler.dropped} videos wait for another epoch each time\n"
         f"{parameters / 1e6:.2f} M parameters on {device}, {distributed.world_size()} processes\n"
         + (f"going on at step {step} of {total}" if step else f"{total} steps")
     )

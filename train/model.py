@@ -1,4 +1,4 @@
-"""The networks of one pretraining run, joined as in figure 2.
+"""The networks of one run: joined as in figure 2 to pretrain, or with a classifier to train with labels.
 
 Shapes: B videos, K negative windows, W maps a window, S and M pixels, N = T3 H3 W3 motion points, C embedding width.
 """
@@ -7,65 +7,131 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from train.config import Config
-from train.networks import build_predictor, build_video_network
+from train.config import Config, Finetuning, MotionLoss, Pretraining
+from train.networks import VideoNetwork, build_predictor, build_video_network
 from train.networks.heads import MLPHead, flatten_points
 from train.networks.resnet import r2d10, r3d10
+from train.objectives import Loss, motion_classification, motion_prediction, motion_regression, motion_targets
 
 
-class Embeddings(NamedTuple):
-    """Unit-length rows for equations (1) and (2); None where a task has no weight."""
+class Points(NamedTuple):
+    """What the motion loss compares, row for row a point of the motion grid."""
 
-    clips: Tensor | None
-    """(B, C)"""
-    iframes: Tensor | None
-    """(B, C)"""
-    predicted: Tensor | None
-    """(B N, C), points of each video together."""
-    positives: Tensor | None
-    """(B N, C), row for row with `predicted`."""
+    predicted: Tensor
+    """(B N, C): unit length for equation (2); else values (C = 2) or logits (C = 2 bins) of dx and dy."""
+    targets: Tensor
+    """(B N, C), or the vectors themselves, (B N, 2)."""
     negatives: Tensor | None
-    """(B K N, C)"""
+    """(B K N, C): points of the negative windows, equation (2) only."""
+
+
+class MotionPrediction(nn.Module):
+    """The lower half of figure 2: M-Network, predictor and heads; for table 1's other losses the predictor alone."""
+
+    def __init__(self, config: Config, video: VideoNetwork, loss: MotionLoss = "infonce", bins: int = 0) -> None:
+        super().__init__()
+        n, s = config.networks, config.sampling
+        network = r3d10(in_channels=2, width=n.motion_width, stem_stride=1)
+        self.loss_name, self.grid = loss, network.grid(s.motion_frames, config.motion_size, config.motion_size)
+        self.predictor = build_predictor(
+            n.predictor,
+            video.channels,
+            network.channels,
+            video.pretrain_grid(s.frames, config.size, config.size),
+            self.grid,
+            n.predictor_width,
+        )
+        if loss == "infonce":
+            self.network = network
+            self.target_head = MLPHead(network.channels, n.head_hidden, n.head_out)
+            self.predicted_head: nn.Module = MLPHead(network.channels, n.head_hidden, n.head_out)
+        else:
+            outputs = 2 if loss == "mse" else 2 * bins
+            self.predicted_head = nn.Sequential(
+                nn.Linear(network.channels, n.head_hidden, bias=False),
+                nn.BatchNorm1d(n.head_hidden),
+                nn.ReLU(inplace=True),
+                nn.Linear(n.head_hidden, outputs),
+            )
+
+    def forward(self, features: Tensor, motion: Tensor) -> Points:
+        """features (B, C1, T1, H1, W1), motion (B, 1+K, 2, W, M, M) with the positive window first."""
+        predicted = self.predicted_head(flatten_points(self.predictor(features)))  # (B N, C)
+        if self.loss_name != "infonce":
+            return Points(predicted, motion_targets(motion[:, 0], self.grid), None)
+        points = flatten_points(self.network(motion.flatten(0, 1)))  # (B (1+K) N, C3)
+        embedded = self.target_head(points).unflatten(0, (*motion.shape[:2], -1))  # (B, 1+K, N, C)
+        return Points(predicted, embedded[:, 0].flatten(0, 1), embedded[:, 1:].flatten(0, 2))
+
+    def compare(self, points: Points, temperature: float, serves: Tensor | None = None) -> Loss:
+        """The motion loss and its accuracy; `serves` as in `motion_prediction`."""
+        if points.negatives is not None:
+            return motion_prediction(points.predicted, points.targets, points.negatives, temperature, serves)
+        loss = motion_regression if self.loss_name == "mse" else motion_classification
+        return loss(points.predicted, points.targets)
 
 
 class PretrainingModel(nn.Module):
     """V-, I- and M-Network, predictor and heads; only the parts that the objective's alpha gives a weight."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Pretraining) -> None:
         super().__init__()
-        n, clip = config.networks, (config.sampling.frames, config.size, config.size)
+        n, o = config.networks, config.objective
         self.video = build_video_network(n.backbone, n.width)
-        if config.objective.alpha < 1:
+        if o.alpha < 1:
             self.iframe = r2d10(width=n.iframe_width)
             self.clip_head = MLPHead(self.video.channels, n.head_hidden, n.head_out)
             self.iframe_head = MLPHead(self.iframe.channels, n.head_hidden, n.head_out)
-        if config.objective.alpha > 0:
-            self.motion = r3d10(in_channels=2, width=n.motion_width, stem_stride=1)
-            grid = self.motion.grid(config.sampling.motion_frames, config.motion_size, config.motion_size)
-            self.predictor = build_predictor(
-                n.predictor,
-                self.video.channels,
-                self.motion.channels,
-                self.video.pretrain_grid(*clip),
-                grid,
-                n.predictor_width,
-            )
-            self.motion_head = MLPHead(self.motion.channels, n.head_hidden, n.head_out)
-            self.predicted_head = MLPHead(self.motion.channels, n.head_hidden, n.head_out)
+        if o.alpha > 0:
+            self.motion = MotionPrediction(config, self.video, o.motion_loss, o.motion_bins)
 
-    def forward(self, clip: Tensor, iframe: Tensor | None, motion: Tensor | None) -> Embeddings:
-        """clip (B, 3, T, S, S), iframe (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M) with the positive window first."""
+    def forward(
+        self, clip: Tensor, iframe: Tensor | None, motion: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Points | None]:
+        """Embeddings (B, C) of clips and I-frames, of unit length, and the motion points; None where not asked for.
+
+        clip (B, 3, T, S, S), iframe (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M) with the positive window first.
+        """
         features = self.video.forward_pretrain(clip)  # (B, C1, T1, H1, W1)
-        clips = iframes = predicted = positives = negatives = None
+        clips = iframes = None
         if iframe is not None:
             clips = self.clip_head(features.mean((2, 3, 4)))  # (B, C)
             iframes = self.iframe_head(self.iframe(iframe).mean((2, 3, 4)))  # (B, C)
-        if motion is not None:
-            predicted = self.predicted_head(flatten_points(self.predictor(features)))  # (B N, C)
-            points = flatten_points(self.motion(motion.flatten(0, 1)))  # (B (1+K) N, C3)
-            embedded = self.motion_head(points).unflatten(0, (*motion.shape[:2], -1))  # (B, 1+K, N, C)
-            positives = embedded[:, 0].flatten(0, 1)  # (B N, C)
-            negatives = embedded[:, 1:].flatten(0, 2)  # (B K N, C)
-        return Embeddings(clips, iframes, predicted, positives, negatives)
+        return clips, iframes, None if motion is None else self.motion(features, motion)
+
+
+class FinetuningModel(nn.Module):
+    """V-Network, dropout and a linear classifier; with motion prediction beside it where that has a weight."""
+
+    def __init__(self, config: Finetuning, classes: int) -> None:
+        super().__init__()
+        n, s = config.networks, config.supervision
+        self.video = build_video_network(n.backbone, n.width)
+        self.dropout = nn.Dropout(s.dropout)
+        self.classifier = nn.Linear(self.video.channels, classes)
+        if s.motion_weight > 0:
+            self.motion = MotionPrediction(config, self.video)
+
+    def forward(self, clip: Tensor, motion: Tensor | None = None) -> tuple[Tensor, Points | None]:
+        """clip (B, 3, T, S, S) -> class scores (B, classes), and the motion points where motion is given."""
+        if motion is None:
+            return self.classify(self.video(clip)), None
+        plain, shared = self.video.forward_both(clip)
+        return self.classify(plain), self.motion(shared, motion)
+
+    def classify(self, maps: Tensor) -> Tensor:
+        """Maps (B, C1, T1, H1, W1) of the V-Network -> scores before the softmax, float32 (B, classes)."""
+        pooled = self.dropout(maps.float().mean((2, 3, 4)))  # (B, C1)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.classifier(pooled)
+
+
+def build_model(config: Config, classes: int) -> PretrainingModel | FinetuningModel:
+    """The model that a configuration trains; `classes` counts those of the shards."""
+    if isinstance(config, Pretraining):
+        return PretrainingModel(config)
+    assert isinstance(config, Finetuning)
+    return FinetuningModel(config, classes)

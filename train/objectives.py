@@ -23,6 +23,7 @@ from train.distributed import gather_with_gradient, rank
 # whole matrix 10 GB. 64 MiB are 167 rows: enough for the products to be bound by arithmetic rather than by reading the
 # keys again for every tile, and less than the keys themselves (205 MB), so that a smaller tile would save nothing.
 TILE_BYTES = 64 * 2**20
+FAR = -1e9  # added to a logit, leaves nothing of its exponential, and remains a number where no key is left
 
 
 class Loss(NamedTuple):
@@ -47,28 +48,41 @@ def context_matching(clips: Tensor, iframes: Tensor, temperature: float) -> Loss
 
 
 def motion_prediction(
-    predicted: Tensor, positives: Tensor, negatives: Tensor, temperature: float, tile_bytes: int = TILE_BYTES
+    predicted: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    serves: Tensor | None = None,
+    tile_bytes: int = TILE_BYTES,
 ) -> Loss:
     """Equation (2): every predicted motion point finds its own among all motion points of the batch.
 
     predicted, positives: (B·N, C), row for row the same video and position; negatives: (M, C), the points of the
     negative windows (section 4.1), keys for every row like the positives, M = 0 allowed; all of unit length, and the
-    same shapes on every rank. Equal to the softmax over the whole matrix of logits, which never exists: it is computed
-    in tiles of rows of at most `tile_bytes` (one row at least), gradient included. First derivatives only. Raises
-    ValueError on other shapes.
+    same shapes on every rank. `serves`, bool (B,), leaves videos out, as rows and as keys; the mean is still over all
+    B·N rows, so that a video's share does not depend on the others.
+
+    Equal to the softmax over the whole matrix of logits, which never exists: it is computed in tiles of rows of at most
+    `tile_bytes` (one row at least), gradient included. First derivatives only. Raises ValueError on other shapes.
     """
     _check(predicted, positives, negatives, temperature)
     with torch.autocast(predicted.device.type, enabled=False):
         own = torch.cat((_at_least_float32(positives), _at_least_float32(negatives)))
         queries, keys = _at_least_float32(predicted), gather_with_gradient(own)  # (B·N, C), (K, C)
+        rows = columns = None
+        if serves is not None:
+            rows = serves.repeat_interleave(len(predicted) // len(serves))  # (B·N)
+            mine = torch.cat((rows, serves.repeat_interleave(len(negatives) // len(serves))))
+            columns = gather_with_gradient(torch.where(mine, 0.0, FAR).to(queries.dtype))  # (K)
         if not torch.is_grad_enabled():  # a Function is told that its inputs need gradients even where none are taken
             queries, keys = queries.detach(), keys.detach()
-        value, accuracy = _TiledMatching.apply(queries, keys, rank() * len(own), temperature, tile_bytes)
+        value, accuracy = _TiledMatching.apply(queries, keys, rows, columns, rank() * len(own), temperature, tile_bytes)
     return Loss(value, accuracy)
 
 
 class _TiledMatching(torch.autograd.Function):
-    """Cross-entropy of queries (R, C) against keys (K, C), where row r belongs to key first + r.
+    """Cross-entropy of queries (R, C) against keys (K, C), where row r belongs to key first + r; of the rows (R,) that
+    are true, where given, with columns (K,) added to each row's logits.
 
     The loss is a scalar, so its gradient is known up to one factor while a tile is at hand: forward takes it there, and
     backward multiplies. That makes the three products of the plain form, with nothing kept or computed twice. Nothing
@@ -77,20 +91,29 @@ class _TiledMatching(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, first: int, temperature: float, tile_bytes: int
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        first: int,
+        temperature: float,
+        tile_bytes: int,
     ) -> tuple[Tensor, Tensor]:
-        rows, columns = len(queries), len(keys)
-        height = min(rows, max(1, tile_bytes // (columns * keys.element_size())))
-        tile = queries.new_empty(height, columns)
-        losses = queries.new_empty(rows)
-        best = torch.empty(rows, dtype=torch.int64, device=queries.device)
+        count = len(queries)
+        height = min(count, max(1, tile_bytes // (len(keys) * keys.element_size())))
+        tile = queries.new_empty(height, len(keys))
+        losses = queries.new_empty(count)
+        best = torch.empty(count, dtype=torch.int64, device=queries.device)
         grad_queries = torch.empty_like(queries) if ctx.needs_input_grad[0] else None
         grad_keys = torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
-        for start in range(0, rows, height):
-            stop = min(start + height, rows)
+        for start in range(0, count, height):
+            stop = min(start + height, count)
             own = first + start  # column of the first row's key, so that the diagonal from there is the positives
             scaled = queries[start:stop] / temperature  # (r, C)
             logits = torch.mm(scaled, keys.T, out=tile[: stop - start])  # (r, K)
+            if columns is not None:
+                logits += columns
             positive = logits.diagonal(own).clone()  # (r)
             highest, best[start:stop] = logits.max(1)
             numerators = logits.sub_(highest[:, None]).exp_()  # of the softmax, in the same memory
@@ -99,13 +122,20 @@ class _TiledMatching(torch.autograd.Function):
             # Softmax minus one at the positive, times the sum, which is divided out of the smaller operand instead.
             # Subtracting the positives' embeddings after the products would lose digits once the positives dominate.
             numerators.diagonal(own).sub_(total)
+            if rows is not None:
+                numerators *= rows[start:stop, None]
             if grad_queries is not None:
                 gradient = torch.mm(numerators, keys, out=grad_queries[start:stop])
-                gradient.div_(total[:, None] * (temperature * rows))
+                gradient.div_(total[:, None] * (temperature * count))
             if grad_keys is not None:
-                grad_keys.addmm_(numerators.T, scaled.div_(total[:, None] * rows))
+                grad_keys.addmm_(numerators.T, scaled.div_(total[:, None] * count))
         ctx.save_for_backward(grad_queries, grad_keys)
-        accuracy = _accuracy(best, torch.arange(first, first + rows, device=best.device), losses.dtype)
+        right = (best == torch.arange(first, first + count, device=best.device)).to(losses.dtype)
+        if rows is None:
+            accuracy = right.mean()
+        else:
+            losses, right = losses * rows, right * rows
+            accuracy = right.sum() / rows.sum().clamp(min=1)
         ctx.mark_non_differentiable(accuracy)
         return losses.mean(), accuracy
 
@@ -114,7 +144,7 @@ class _TiledMatching(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: with retain_graph the stored gradients are multiplied again.
         grad_queries, grad_keys = (None if x is None else x * grad_loss for x in ctx.saved_tensors)
-        return grad_queries, grad_keys, None, None, None
+        return grad_queries, grad_keys, None, None, None, None, None
 
 
 def motion_targets(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -7,29 +7,49 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.config import Config, flatten
 
+if TYPE_CHECKING:
+    from train.checkpoint import Pretrained
+
 LIBRARIES = ("torch", "numpy", "h5py", "simplejpeg", "kornia")
 
 
-def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, recipe: str, write: bool = True) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's things came from, by name: written into run.json, and into every result."""
+
+    recipe: str = ""
+    trained_on: str = ""
+    """Name of the manifest."""
+    subset: str = ""
+    """Which of its rows."""
+    pretrained: Pretrained | None = None
+    """The run whose V-Network it begins from."""
+
+
+UNNAMED = Origin()
+
+
+def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, origin: Origin, write: bool = True) -> None:
     """Make `out` this run's folder: write its run.json, or check the one that is there.
 
-    A run goes on only with the configuration, manifest and shards it began with; ValueError names what differs.
-    With write=False (all processes but one) it only checks.
+    A run goes on only with the configuration, manifest, shards and pretrained weights it began with; ValueError names
+    what differs. With write=False (all processes but one) it only checks.
     """
     path = out / "run.json"
     made_from = {
         "manifest_sha256": manifest.sha256,
         "shards_sha256": shards.sha256(),
         "shards_settings": asdict(shards.settings),
+        "pretrained_sha256": origin.pretrained.weights_sha256 if origin.pretrained else "",
     }
     if path.exists():
         there = read(out)
@@ -39,12 +59,16 @@ def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, recip
         if differences:
             raise ValueError(
                 f"{out} holds a run that began with other data ({'; '.join(differences)}): give it the manifest, the "
-                "subset and the shards it began with, or choose another --out"
+                "subset, the shards and the pretrained run it began with, or choose another --out"
             )
     elif write:
         out.mkdir(parents=True, exist_ok=True)
         values: dict[str, Any] = {
-            "recipe": recipe,
+            "recipe": origin.recipe,
+            "trained_on": origin.trained_on,
+            "subset": origin.subset,
+            "pretrained": origin.pretrained.about() if origin.pretrained else {},
+            "classes": list(shards.classes),
             "seed": config.seed,
             "config": json.loads(config.to_json()),
             "config_sha256": config.sha256(),

@@ -44,6 +44,11 @@ class C3D(nn.Module):
         """The map that both pretraining tasks share: here the plain one."""
         return self(x)
 
+    def forward_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` and `forward_pretrain` return, in one pass."""
+        maps = self(x)
+        return maps, maps
+
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T1, H1, W1) of the map that `forward` returns for such a clip; ValueError if the clip is too small."""
         if frames < 8 or height < 16 or width < 16:

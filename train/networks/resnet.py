@@ -79,13 +79,17 @@ class ResNet(nn.Module):
         Layer 4, upsampled to the height and width of layer 3, plus layer 3 with its even and odd frames stacked on
         channels. Finer than layer 4, so that its points match those of the M-Network. Raises as `pretrain_grid`.
         """
+        return self.forward_both(x)[1]
+
+    def forward_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` and `forward_pretrain` return, in one pass."""
         self.pretrain_grid(*x.shape[-3:])
         layer3 = self._layer3(x)  # (B, 4we, T/4, H/(8s), W/(8s))
         layer4 = self.layer4(layer3)  # (B, 8we, T/8, H/(16s), W/(16s))
         size = (layer4.shape[2], layer3.shape[3], layer3.shape[4])
         upsampled = F.interpolate(layer4, size, mode="trilinear", align_corners=False)  # (B, 8we, T/8, H/(8s), W/(8s))
         stacked = torch.cat((layer3[:, :, 0::2], layer3[:, :, 1::2]), dim=1)  # (B, 8we, T/8, H/(8s), W/(8s))
-        return upsampled + stacked
+        return layer4, upsampled + stacked
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T1, H1, W1) of the map that `forward` returns for such a clip."""
