@@ -47,7 +47,8 @@ from train import loop
 from train.data import EpochSampler, PretrainSet
 from train.draws import Cropping, Photometric, Sampling
 from train.networks import build_video_network
-from train.recipes import pretrain_ucf101_c3d
+from train.recipes import RECIPES
+from train.tasks import prepare
 
 LINES = 288  # of the sources of data sets such as UCF101 and HMDB51, at most
 CUT = 96  # frames kept of a video when the set is made to grow
@@ -245,7 +246,7 @@ def private_memory(pid: int) -> tuple[int, int]:
 
 def augmentation(data: PretrainSet, device: str, batch_size: int, size: int, turns: int) -> None:
     """The last table: cropping and colouring all that a step needs, against C3D alone, forward, backward and update."""
-    config = replace(pretrain_ucf101_c3d(), size=size, motion_size=size)
+    config = RECIPES["pretrain-ucf101-c3d"].config.changed({"size": size, "motion_size": size})
     network = build_video_network("c3d", config.networks.width).to(device).train()
     loop.channels_last(network)
     optimiser = loop.make_optimiser(config.optimiser, network, torch.device(device))
@@ -262,8 +263,7 @@ def augmentation(data: PretrainSet, device: str, batch_size: int, size: int, tur
             }
         for name, arguments in places.items():
             begin = now(device)
-            with torch.no_grad():
-                clip, _, _ = loop.inputs(arguments, config, data.shards.settings)
+            clip, _, _ = prepare(arguments, config, data.shards.settings, with_iframe=True, with_motion=True)
             ways[name].append(now(device) - begin)
         begin = now(device)
         with torch.autocast(torch.device(device).type, precision, enabled=precision == torch.bfloat16):

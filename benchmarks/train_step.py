@@ -35,12 +35,12 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import median, open_shards
-from preprocess.shards import Settings, ShardSet
+from preprocess.shards import ShardSet
 from train import loop
-from train.config import Config
+from train.config import Pretraining
 from train.data import EpochSampler, PretrainSet
-from train.model import PretrainingModel
-from train.recipes import pretrain_ucf101_c3d
+from train.recipes import RECIPES
+from train.tasks import PretrainingTask
 
 BACKBONES = ("c3d", "r2plus1d26", "r3d26")
 Batch = dict[str, Tensor]
@@ -98,8 +98,8 @@ def compare(shards: ShardSet, options: argparse.Namespace) -> None:
         config = configuration(backbone, options)
         data = PretrainSet(shards, None, config.sampling, config.cropping, config.photometric)
         flops = count_flops(config, data, device) / options.batch
-        loops = {"ours": ours(config, shards.settings, device, options.precision, options.compile)}
-        loops["plain"] = plain(config, shards.settings, device)
+        loops = {"ours": ours(config, shards, device, options.precision, options.compile)}
+        loops["plain"] = plain(config, shards, device)
         turns: dict[str, list[Turn]] = defaultdict(list)
         for number in range(options.turns):
             for which, step in loops.items():
@@ -114,8 +114,9 @@ def compare(shards: ShardSet, options: argparse.Namespace) -> None:
             )
 
 
-def configuration(backbone: str, options: argparse.Namespace) -> Config:
-    base = pretrain_ucf101_c3d()
+def configuration(backbone: str, options: argparse.Namespace) -> Pretraining:
+    base = RECIPES["pretrain-ucf101-c3d"].config
+    assert isinstance(base, Pretraining)
     w = options.width
     return replace(
         base,
@@ -161,9 +162,10 @@ def endless(sampler: EpochSampler) -> Iterator[list[tuple[int, int]]]:
 # The two loops
 
 
-def ours(config: Config, settings: Settings, device: torch.device, precision: str, compiled: bool) -> Any:
+def ours(config: Pretraining, shards: ShardSet, device: torch.device, precision: str, compiled: bool) -> Any:
     """A step as `train.loop` takes it."""
-    model = PretrainingModel(config).to(device).train()
+    task = PretrainingTask(config, shards, None)
+    model = task.model.to(device).train()
     loop.channels_last(model)
     optimiser = loop.make_optimiser(config.optimiser, model, device)
     network: Any = torch.compile(model) if compiled else model
@@ -171,8 +173,9 @@ def ours(config: Config, settings: Settings, device: torch.device, precision: st
     def step(batch: Batch) -> None:
         torch.backends.cudnn.benchmark = True
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        inputs = task.inputs(batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, _, _ = loop.losses(network, batch, config, settings)
+            loss, _ = task.loss(network, inputs, batch)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimiser.clip_norm)
@@ -181,9 +184,10 @@ def ours(config: Config, settings: Settings, device: torch.device, precision: st
     return step
 
 
-def plain(config: Config, settings: Settings, device: torch.device) -> Any:
+def plain(config: Pretraining, shards: ShardSet, device: torch.device) -> Any:
     """A step as one first writes it."""
-    model = PretrainingModel(config).to(device).train()
+    task = PretrainingTask(config, shards, None)
+    model = task.model.to(device).train()
     o = config.optimiser
     optimiser = torch.optim.SGD(
         model.parameters(), 1e-3, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=True, foreach=False
@@ -192,9 +196,7 @@ def plain(config: Config, settings: Settings, device: torch.device) -> Any:
     def step(batch: Batch) -> None:
         torch.backends.cudnn.benchmark = False
         batch = {k: v.to(device) for k, v in batch.items()}
-        with torch.no_grad():
-            inputs = loop.inputs(batch, config, settings)
-        loss = usual_losses(model, inputs, config)
+        loss = usual_losses(model, task.inputs(batch), config)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm, foreach=False)
@@ -203,11 +205,13 @@ def plain(config: Config, settings: Settings, device: torch.device) -> Any:
     return step
 
 
-def usual_losses(model: nn.Module, inputs: tuple[Tensor | None, ...], config: Config) -> Tensor:
+def usual_losses(model: nn.Module, inputs: tuple[Tensor | None, ...], config: Pretraining) -> Tensor:
     """Equations (1) to (3) from whole matrices of logits."""
-    e, o = model(*inputs), config.objective
-    context = e.clips @ e.iframes.T / o.context_temperature  # (B, B)
-    motion = e.predicted @ torch.cat((e.positives, e.negatives)).T / o.motion_temperature  # (B N, B (1+K) N)
+    (clips, iframes, points), o = model(*inputs), config.objective
+    context = clips @ iframes.T / o.context_temperature  # (B, B)
+    motion = (
+        points.predicted @ torch.cat((points.targets, points.negatives)).T / o.motion_temperature
+    )  # (B N, B (1+K) N)
     j_context, j_motion = (F.cross_entropy(m, torch.arange(len(m), device=m.device)) for m in (context, motion))
     return o.loss_scale * ((1 - o.alpha) * j_context + o.alpha * j_motion)
 
@@ -215,12 +219,13 @@ def usual_losses(model: nn.Module, inputs: tuple[Tensor | None, ...], config: Co
 # What they are measured by
 
 
-def count_flops(config: Config, data: PretrainSet, device: torch.device) -> float:
+def count_flops(config: Pretraining, data: PretrainSet, device: torch.device) -> float:
     """FLOPs of one batch through the networks and losses, forward and backward, augmentation not counted."""
     sampler = EpochSampler(len(data), config.batch_size)
     batch = next(iter(DataLoader(data, batch_sampler=sampler)))
-    inputs = loop.inputs({k: v.to(device) for k, v in batch.items()}, config, data.shards.settings)
-    model = PretrainingModel(config).to(device).train()
+    task = PretrainingTask(config, data.shards, None)
+    inputs = task.inputs({k: v.to(device) for k, v in batch.items()})
+    model = task.model.to(device).train()
     with FlopCounterMode(display=False) as counter:
         usual_losses(model, inputs, config).backward()
     return counter.get_total_flops()

@@ -48,6 +48,8 @@ def load_run(folder: Path, weights: str = "last") -> Run:
     """A run's networks with its 'initial' weights (untrained, from its seed), its 'last', or those of a kept epoch."""
     about = runs.read(folder)
     config = Config.from_json(json.dumps(about["config"]))
+    if weights == "initial" and about["pretrained"]:
+        raise ValueError(f"{folder} began from the weights of another run, {about['pretrained']['recipe']}: look there")
     torch.manual_seed(config.seed)  # as the training loop does before it builds the networks
     model = build_model(config, len(about["classes"]))
     epoch = 0.0
@@ -114,7 +116,7 @@ def part(run: Run, network: Network) -> nn.Module:
     if network == "motion":
         module = getattr(module, "network", None)
     if module is None:
-        raise ValueError(f"{run.folder} has no {NETWORKS[network]}: what it was trained for needs none")
+        raise ValueError(f"{run.folder} has no {NETWORKS[network]}: {run.recipe or 'its recipe'} trains none")
     return module
 
 

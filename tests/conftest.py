@@ -124,10 +124,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "shards", folder / "split.csv"
 
 
-def tiny_config(**changes: Any) -> Config:
+def tiny_config(recipe: str = "small", **changes: Any) -> Any:
     """A run that takes about two seconds: six steps an epoch on the videos of `tiny`."""
-    small = replace(
-        RECIPES["small"].config,
+    small: Any = replace(
+        RECIPES[recipe].config,
         networks=Networks("r3d10", 4, 4, 4, predictor_width=16, head_hidden=16, head_out=8),
         sampling=Sampling(frames=8, stride=2, negatives=1),
         size=32,
@@ -150,3 +150,21 @@ def train_command(tiny: tuple[Path, Path], out: Path, config: Config, *options: 
 def one_thread() -> dict[str, str]:
     """Environment of a subprocess that computes in one thread, as bitwise comparisons and busy machines want."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Sums over threads differ in their last bits, and the tests compare bit for bit."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `tiny_config` that nothing interrupted, its samples decoded in the training process."""
+    from running import start
+
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    start(tiny, out)
+    return out

@@ -27,9 +27,10 @@ from eval import features, gallery, retrieve
 from eval.retrieve import Retrieval, chance, labellings, neighbours, recall, store
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
-from train import checkpoint, data, loop
+from train import checkpoint, data, loop, tasks
 from train.config import Objective, Runtime
 from train.model import PretrainingModel
+from train.runs import Origin
 
 Tiny = tuple[Path, Path]
 RUNTIME = Runtime(device="cpu", loader_workers=0)
@@ -39,14 +40,10 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 @pytest.fixture(scope="module")
 def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One epoch of training, both tasks; its weights are kept."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("evaluated") / "joint"
     config = tiny_config(batch_size=4, epochs=1)
-    loop.train(
-        config, replace(RUNTIME, keep_epochs=(1,)), tiny[0], Manifest.read(tiny[1]).subset("train"), out, "small"
-    )
-    torch.set_num_threads(before)
+    rows, origin = Manifest.read(tiny[1]).subset("train"), Origin("small", "split", "train")
+    loop.train(config, replace(RUNTIME, keep_epochs=(1,)), tiny[0], rows, out, origin)
     return out
 
 
@@ -176,7 +173,7 @@ def test_each_network_gives_features_of_its_own(tiny: Tiny, run: Path, monkeypat
     networks: list[features.Network] = ["video", "iframe", "motion"]
     for network in networks:
         recorder = Recorder()
-        setattr(loaded.model, network, recorder)
+        setattr(*((loaded.model.motion, "network") if network == "motion" else (loaded.model, network)), recorder)
         look(loaded, tiny, network=network)
         assert {tuple(x.shape[1:3]) for x in recorder.seen} == {shapes[network]}
         assert sum(len(x) for x in recorder.seen) == 80
@@ -187,11 +184,11 @@ def test_untrained_means_the_weights_before_the_first_step(
 ) -> None:
     caught: dict[str, Tensor] = {}
 
-    def catch(network: nn.Module, *_: object) -> None:
+    def catch(_: object, network: nn.Module, *__: object) -> None:
         caught.update({k: v.clone() for k, v in network.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "losses", catch)
+    monkeypatch.setattr(tasks.PretrainingTask, "loss", catch)
     with pytest.raises(KeyboardInterrupt):
         loop.train(tiny_config(seed=3), RUNTIME, tiny[0], Manifest.read(tiny[1]).subset("train"), tmp_path)
     torch.manual_seed(99)
@@ -219,7 +216,7 @@ def test_a_network_the_run_lacks_is_an_error(
 ) -> None:
     config = tiny_config(objective=Objective(alpha=alpha))
     missing = features.Run(tmp_path, config, "small", "initial", 0.0, PretrainingModel(config))
-    with pytest.raises(ValueError, match=rf"has no {name}: it was trained with alpha {alpha}"):
+    with pytest.raises(ValueError, match=rf"has no {name}: small trains none"):
         look(missing, tiny, network=network)
 
 

@@ -109,8 +109,9 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            inputs = task.inputs(batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bfloat16"):
-                loss, found = task.loss(network, batch)
+                loss, found = task.loss(network, inputs, batch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimiser.clip_norm)

@@ -69,7 +69,7 @@ class MotionPrediction(nn.Module):
     def compare(self, points: Points, temperature: float, serves: Tensor | None = None) -> Loss:
         """The motion loss and its accuracy; `serves` as in `motion_prediction`."""
         if points.negatives is not None:
-            return motion_prediction(points.predicted, points.targets, points.negatives, temperature, serves)
+            return motion_prediction(points.predicted, points.targets, points.negatives, temperature, serves=serves)
         loss = motion_regression if self.loss_name == "mse" else motion_classification
         return loss(points.predicted, points.targets)
 

@@ -52,8 +52,9 @@ def motion_prediction(
     positives: Tensor,
     negatives: Tensor,
     temperature: float,
-    serves: Tensor | None = None,
     tile_bytes: int = TILE_BYTES,
+    *,
+    serves: Tensor | None = None,
 ) -> Loss:
     """Equation (2): every predicted motion point finds its own among all motion points of the batch.
 

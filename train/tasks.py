@@ -20,6 +20,7 @@ from train.model import FinetuningModel, PretrainingModel
 from train.objectives import context_matching, joint
 
 Batch = dict[str, Tensor]
+Inputs = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Task(Protocol):
@@ -32,8 +33,11 @@ class Task(Protocol):
     columns: tuple[str, ...]
     """Names of the numbers that `loss` returns beside the loss, each a mean over the batch."""
 
-    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """(the loss to be minimised, its parts) of a batch as `data` makes it; `network` is the model, wrapped."""
+    def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """(the loss to be minimised, its parts) of a batch and its `inputs`; `network` is the model, wrapped."""
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """What the model takes of a batch, cropped, flipped and coloured on its device."""
 
     def about_data(self) -> str:
         """What the data set leaves out, for the screen."""
@@ -42,7 +46,7 @@ class Task(Protocol):
 class PretrainingTask:
     """Context matching and motion prediction: equation (3)."""
 
-    def __init__(self, config: Pretraining, shards: ShardSet, manifest: Manifest) -> None:
+    def __init__(self, config: Pretraining, shards: ShardSet, manifest: Manifest | None) -> None:
         c, alpha = config, config.objective.alpha
         self.config, self.settings = config, shards.settings
         self.data = PretrainSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed)
@@ -52,13 +56,11 @@ class PretrainingTask:
         motion = ("motion_loss", "motion_accuracy")[: 2 if self.ranks_motion else 1] if alpha > 0 else ()
         self.columns = (*context, *motion)
 
-    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         o = self.config.objective
-        with torch.no_grad(), torch.autocast(batch["clip"].device.type, enabled=False):
-            clip, iframe, motion = inputs(batch, self.config, self.settings, o.alpha < 1, o.alpha > 0)
-        clips, iframes, points = network(clip, iframe, motion)
+        clips, iframes, points = network(*inputs)
         found: list[Tensor] = []
-        nothing = torch.zeros((), device=clip.device)
+        nothing = torch.zeros((), device=inputs[0].device)
         context_loss = motion_loss = nothing
         if o.alpha < 1:
             context = context_matching(clips, iframes, o.context_temperature)
@@ -70,6 +72,10 @@ class PretrainingTask:
             found += future[: 2 if self.ranks_motion else 1]
         return joint(context_loss, motion_loss, o.alpha, o.loss_scale), found
 
+    def inputs(self, batch: Batch) -> Inputs:
+        alpha = self.config.objective.alpha
+        return prepare(batch, self.config, self.settings, alpha < 1, alpha > 0)
+
     def about_data(self) -> str:
         return f"{self.data.dropped} too short"
 
@@ -77,7 +83,7 @@ class PretrainingTask:
 class FinetuningTask:
     """Classification, and motion prediction beside it where that has a weight (table 6)."""
 
-    def __init__(self, config: Finetuning, shards: ShardSet, manifest: Manifest) -> None:
+    def __init__(self, config: Finetuning, shards: ShardSet, manifest: Manifest | None) -> None:
         c, self.weight = config, config.supervision.motion_weight
         self.config, self.settings = config, shards.settings
         self.data = FinetuneSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, self.weight > 0)
@@ -85,9 +91,8 @@ class FinetuningTask:
         motion = ("motion_loss", "motion_accuracy") if self.weight > 0 else ()
         self.columns = ("class_loss", "class_accuracy", *motion)
 
-    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        with torch.no_grad(), torch.autocast(batch["clip"].device.type, enabled=False):
-            clip, _, motion = inputs(batch, self.config, self.settings, False, self.weight > 0)
+    def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        clip, _, motion = inputs
         scores, points = network(clip, motion)  # (B, classes)
         loss = F.cross_entropy(scores, batch["label"])
         found = [loss, (scores.argmax(1) == batch["label"]).float().mean()]
@@ -98,11 +103,14 @@ class FinetuningTask:
             found += motion_loss
         return loss, found
 
+    def inputs(self, batch: Batch) -> Inputs:
+        return prepare(batch, self.config, self.settings, False, self.weight > 0)
+
     def about_data(self) -> str:
         return f"{self.data.unserved} too short for motion prediction" if self.weight > 0 else "none dropped"
 
 
-def make_task(config: Config, shards: ShardSet, manifest: Manifest) -> PretrainingTask | FinetuningTask:
+def make_task(config: Config, shards: ShardSet, manifest: Manifest | None) -> PretrainingTask | FinetuningTask:
     """The task of a configuration, its model fresh from torch's generator."""
     if isinstance(config, Pretraining):
         return PretrainingTask(config, shards, manifest)
@@ -110,11 +118,9 @@ def make_task(config: Config, shards: ShardSet, manifest: Manifest) -> Pretraini
     return FinetuningTask(config, shards, manifest)
 
 
-def inputs(
-    batch: Batch, config: Config, settings: Settings, with_iframe: bool, with_motion: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A batch, cropped, flipped and coloured on its device: clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion
-    (B, 1+K, 2, W, M, M); None where not wanted."""
+@torch.no_grad()
+def prepare(batch: Batch, config: Config, settings: Settings, with_iframe: bool, with_motion: bool) -> Inputs:
+    """Clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M); None where not wanted."""
     size, taps = config.size, config.photometric.blur_taps
     clip = augment.crop(batch["clip"], batch["clip_box"], batch["clip_flip"], size)
     clip = augment.normalise(augment.photometric(clip, batch["clip_photo"], taps))

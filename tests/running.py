@@ -1,0 +1,54 @@
+"""What the tests of training share: starting a run, reading its metrics, comparing two runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from preprocess.manifest import Manifest
+from train import checkpoint, tasks
+from train.config import Config, Runtime
+from train.loop import train
+
+Tiny = tuple[Path, Path]
+# Lines and checkpoints at steps that meet neither each other nor the epochs' ends (6, 12, 18).
+RUNTIME = Runtime(device="cpu", loader_workers=0, log_steps=2, checkpoint_steps=5)
+TIMINGS = ("clips_per_second", "waiting")
+
+
+def start(tiny: Tiny, out: Path, config: Config | None = None, runtime: Runtime = RUNTIME) -> dict[str, Any]:
+    return train(config or tiny_config(), runtime, tiny[0], Manifest.read(tiny[1]).subset("train"), out)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """The metrics without the timings; every step once, in order."""
+    found = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [f["step"] for f in found] == sorted({f["step"] for f in found})
+    return [{k: v for k, v in f.items() if k not in TIMINGS} for f in found]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: weights, optimiser, metrics."""
+    first, second = (checkpoint.load(out / "checkpoint.pt") for out in (a, b))
+    assert [first.pop(key) for key in ("format", "config")] == [second.pop(key) for key in ("format", "config")]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert lines(a) == lines(b)
+
+
+def run_again(monkeypatch: pytest.MonkeyPatch, at: int, what) -> None:
+    """Let what(loss) take the place of the loss at the at-th step (from 1) that this process makes."""
+    made = 0
+
+    def wrapped(*arguments):
+        nonlocal made
+        made += 1
+        loss, found = original(*arguments)
+        return (what(loss) if made == at else loss), found
+
+    original = tasks.PretrainingTask.loss
+    monkeypatch.setattr(tasks.PretrainingTask, "loss", wrapped)

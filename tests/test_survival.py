@@ -1,0 +1,206 @@
+"""Nothing that interrupts a run changes what it computes."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, one_thread, tiny_config, train_command
+from running import RUNTIME, Tiny, assert_same_run, lines, run_again, start
+
+from train import __main__ as command
+from train import checkpoint, loop
+from train.config import Config, Optimiser
+from train.loop import Terminated
+
+
+@pytest.mark.parametrize(("at", "workers"), [(1, 0), (6, 1), (9, 2)])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    tiny: Tiny, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, workers: int
+) -> None:
+    def interrupt(_: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    run_again(monkeypatch, at, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        start(tiny, tmp_path)
+    last = start(tiny, tmp_path, runtime=replace(RUNTIME, loader_workers=workers))
+    assert_same_run(tmp_path, undisturbed)
+    assert last["step"] == 18
+    # A finished run is left as it is.
+    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    assert start(tiny, tmp_path) == last
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def stop_at(command: list[str], out: Path, step: int, number: int) -> tuple[int, str]:
+    """Start a command, signal it and its workers once it has written a step; exit status and standard error."""
+    metrics = out / "metrics.jsonl"
+    before = metrics.stat().st_ino if metrics.exists() else 0  # a start puts a new file in place of the old one
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=one_thread(), start_new_session=True, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while process.poll() is None:
+        if metrics.exists() and metrics.stat().st_ino != before:
+            written = [json.loads(t)["step"] for t in metrics.read_text().splitlines() if t.endswith("}")]
+            if written and written[-1] >= step:
+                os.killpg(process.pid, number)
+                break
+        time.sleep(0.005)
+    errors = process.communicate(timeout=120)[1]
+    return process.returncode, errors
+
+
+def survive(tiny: Tiny, tmp_path: Path, signals: list[int], config: Config, seed: int) -> None:
+    """Run a command, stopping it by each of `signals` at a random step; then let it end, and compare."""
+    rng, out = random.Random(seed), tmp_path / "disturbed"
+    options = ["--log-steps", "2", "--checkpoint-steps", "5", "--loader-workers"]
+    statuses = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+    total = config.epochs * 6
+    for position, number in enumerate(signals):
+        done = json.loads((out / "checkpoint.json").read_text())["step"] if (out / "checkpoint.json").exists() else 0
+        # An equal share of what is left for each signal to come, so that each comes before the end.
+        step = done + rng.randint(1, max(1, (total - 8 - done) // (len(signals) - position)))
+        arguments = train_command(tiny, out, config, *options, str(rng.randint(0, 2)))
+        status, errors = stop_at(arguments, out, step, number)
+        assert status == statuses[signal.Signals(number)], errors
+        assert "Traceback" not in errors
+        if number == signal.SIGTERM:
+            saved = json.loads((out / "checkpoint.json").read_text())["step"]
+            assert f"terminated: saved at step {saved} of {total}" in errors and saved >= step
+        if number == signal.SIGINT:
+            assert "interrupted: the same command goes on" in errors
+    finished = subprocess.run(
+        train_command(tiny, out, config, *options, "1"), cwd=ROOT, env=one_thread(), text=True, capture_output=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    start(tiny, tmp_path / "undisturbed", config)
+    assert_same_run(out, tmp_path / "undisturbed")
+
+
+def test_killed_and_terminated_it_ends_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=6), seed=random.randrange(1 << 30))
+
+
+@pytest.mark.soak
+def test_twenty_kills(tiny: Tiny, tmp_path: Path) -> None:
+    signals = [signal.SIGKILL] * 20 + [signal.SIGTERM] * 3 + [signal.SIGINT] * 3
+    random.shuffle(signals)
+    survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=30), seed=random.randrange(1 << 30))
+
+
+def test_ctrl_c_is_no_traceback(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_again(monkeypatch, 1, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert command.main(train_command(tiny, tmp_path / "run", tiny_config(), "--loader-workers", "0")[3:]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from the last checkpoint\n"
+
+
+def test_sigterm_between_lines_changes_no_line(
+    tiny: Tiny, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminate(loss: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    run_again(monkeypatch, 3, terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="saved at step 3 of 18"):
+        start(tiny, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [line["step"] for line in lines(tmp_path)] == [2]
+    start(tiny, tmp_path)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"step": 20, "ep')
+    start(tiny, tmp_path / "run")
+    assert metrics.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("what", "spoil"),
+    [
+        ("loss", lambda loss: loss * math.inf),
+        # Value zero, gradient infinite: the loss of this step is finite, the weights after it are not.
+        ("norm of the gradient", lambda loss: loss + (loss - loss.detach()).sqrt()),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, spoil
+) -> None:
+    run_again(monkeypatch, 9, spoil)
+    with pytest.raises(FloatingPointError, match=rf"the {what} is (inf|nan) at step 9;.*lr-per-sample"):
+        start(tiny, tmp_path, runtime=replace(RUNTIME, log_steps=100))
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert state["step"] == 6
+    assert all(w.isfinite().all() for w in state["model"].values())
+
+
+def test_a_learning_rate_that_explodes_is_an_error_of_one_line(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(optimiser=Optimiser(lr_per_sample=1e30, warmup_epochs=0))
+    assert command.main(train_command(tiny, tmp_path / "run", config, "--loader-workers", "0")[3:]) == 1
+    errors = capsys.readouterr().err
+    assert "error: the " in errors and "at step" in errors and "Traceback" not in errors
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(loss: torch.Tensor) -> torch.Tensor:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        return loss
+
+    run_again(monkeypatch, 8, fill_disk)
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt could not be written .* the checkpoint before it is kept"):
+            start(tiny, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 6
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def _worker(ready: Any) -> None:
+    loop.heed_only_parent(0)
+    ready.set()
+    time.sleep(600)
+
+
+def test_a_worker_ends_with_its_parents_signal_alone() -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    for number in ("INT", "TERM"):  # from a process that is not the parent
+        subprocess.run(["/bin/sh", "-c", f"kill -{number} {worker.pid}"], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0

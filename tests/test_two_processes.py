@@ -1,0 +1,89 @@
+"""Two processes compute what one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from running import Tiny, lines, run_again, start
+
+from train import checkpoint, tasks
+from train.config import Config, Optimiser
+from train.loop import Terminated
+from train.tasks import prepare
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def no_dropout_config() -> Config:
+    """Dropout draws a rank at a time, so a comparison of one process with several needs a predictor without."""
+    base = tiny_config(batch_size=4, epochs=1, optimiser=Optimiser(lr_per_sample=0.005, warmup_epochs=0))
+    return replace(base, networks=replace(base.networks, predictor="convgru"))
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Networks, objectives and optimiser in double precision: in single, three steps of so small a batch already turn
+    the rounding of a sum over two processes into 1 % of a weight."""
+
+    def doubled(*arguments):
+        torch.set_default_dtype(torch.float32)
+        found = prepare(*arguments)
+        torch.set_default_dtype(torch.float64)
+        return [x.double() for x in found]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "prepare", doubled)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def work(rank: int, tiny: Tiny, folder: Path, ports: list[int]) -> None:
+    """One of two processes: the second is terminated in its first step, then both go on to the end."""
+    torch.set_num_threads(1)
+    sink = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    with in_float64():
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                run_again(patch, 1, lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss)
+            terminated(tiny, folder, ports[0])
+        assert not torch.distributed.is_initialized()
+        os.environ["MASTER_PORT"] = str(ports[1])
+        start(tiny, folder / "run", no_dropout_config())
+
+
+def terminated(tiny: Tiny, folder: Path, port: int) -> None:
+    os.environ["MASTER_PORT"] = str(port)
+    with pytest.raises(Terminated, match="saved at step 2 of 3"):  # both agree at the next line
+        start(tiny, folder / "run", no_dropout_config())
+
+
+def test_two_processes_compute_what_one_does_and_leave_together(tiny: Tiny, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (tiny, tmp_path, [free_port(), free_port()]), nprocs=2)
+    with in_float64():
+        start(tiny, tmp_path / "one", no_dropout_config())
+    one, two = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "run"))
+    torch.testing.assert_close(dict(two["model"]), dict(one["model"]), rtol=1e-6, atol=1e-9)
+    assert one["model"]["motion.network.stem.0.weight"].dtype == torch.float64
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "run"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert "12 videos" in (tmp_path / "said-0").read_text() and (tmp_path / "said-1").read_text() == ""
