@@ -52,7 +52,7 @@ def run(
         videos_per_shard: Manifest rows a shard; the unit of work and of restart.
         part: i/n makes every n-th shard only, for a job array on a shared file system: 1/16 … 16/16.
         retry_failed: Make shards anew that hold failed videos.
-        time_limit: Seconds a video may take before its decoder is replaced.
+        time_limit: Seconds a video may take before its decoder is replaced; with --flow, also the flow of a frame.
     """
     from preprocess import pipeline
 

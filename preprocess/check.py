@@ -79,7 +79,7 @@ def describe(folder: Path) -> str:
             f"videos    {len(shards)}, {seconds / 3600:.2f} hours; {len(shards.failed)} failed",
             f"frames    {int(shards.frames.sum())}, {s.frame_width}x{s.frame_height}, JPEG quality {s.jpeg_quality}",
             f"I-frames  every {s.gop} frames, {s.width}x{s.height}, quantiser {s.quantiser}",
-            f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame",
+            f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame{', with optical flow' if s.flow else ''}",
             f"damaged   {errors} packets of the sources did not decode and were skipped",
             f"classes   {len(shards.classes)}: {', '.join([*shards.classes[:8], *['…'][: len(shards.classes) - 8]])}",
             f"manifest  sha256 {shards.origin.manifest_sha256}",

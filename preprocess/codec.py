@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from preprocess.shards import Settings
 from preprocess.writer import Spool
 
 PR_SET_PDEATHSIG = 1
+PIPE_BYTES = 1 << 16
 START_SECONDS = 300.0  # to load the libraries, from a busy network disk at worst
 OUR_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENOMEM)
 
@@ -38,8 +40,12 @@ class CodecLost(Exception):
     """The child died or had to be killed; the video may be tried again in a new one."""
 
 
-def convert(source: str, spool: Spool, settings: Settings) -> dict[str, Any]:
+def convert(
+    source: str, spool: Spool, settings: Settings, alive: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
     """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
+
+    `alive` is called after each frame's optical flow, which is the slow part.
 
     Raises ValueError or av.FFmpegError where the video cannot be stored; the spool then holds a part of it.
     """
@@ -63,6 +69,10 @@ def convert(source: str, spool: Spool, settings: Settings) -> dict[str, Any]:
                     raise ValueError(f"frame {moving} of the encoded stream breaks the group of {settings.gop}")
                 file.write(cells.tobytes())
                 moving += 1
+        if settings.flow:
+            flowing = _store_flow(stream, spool, settings, alive)
+            if flowing != encoded.frames:
+                raise ValueError(f"{encoded.frames} frames encoded, optical flow of {flowing} computed")
     # mvextractor ends quietly on errors, so both readers are held against what was encoded.
     if not encoded.frames == len(frame_bytes) == moving:
         raise ValueError(f"{encoded.frames} frames encoded, {len(frame_bytes)} pictures and {moving} maps read back")
@@ -76,6 +86,19 @@ def convert(source: str, spool: Spool, settings: Settings) -> dict[str, Any]:
         "iframe_bytes": iframe_bytes,
         "iframe_frame": iframe_frame,
     }
+
+
+def _store_flow(stream: str, spool: Spool, settings: Settings, alive: Callable[[], object]) -> int:
+    """Append the optical flow of an encoded stream to the spool; returns of how many frames."""
+    from preprocess import flow  # its library is an extra
+
+    count = 0
+    with open(spool.path("flow"), "ab") as file:
+        for cells in flow.maps(stream, settings):
+            file.write(cells.tobytes())
+            count += 1
+            alive()
+    return count
 
 
 def plain(message: str, source: Path, path: str) -> str:
@@ -111,16 +134,20 @@ class Codec:
         return answer
 
     def _answer(self, child: subprocess.Popen[bytes], time_limit: float) -> bytes:
+        """The child's next line. The limit begins anew with every sign of life."""
         assert child.stdout
-        ready, _, _ = select.select([child.stdout], [], [], time_limit)
-        if not ready:
-            self.stop()
-            raise CodecLost(f"no result within {time_limit:g} s (time limit a video)")
-        line = child.stdout.readline()
-        if not line.endswith(b"\n"):
-            status = child.wait()
-            self.stop()
-            raise CodecLost(self._last_words(status))
+        line = b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([child.stdout], [], [], time_limit)
+            if not ready:
+                self.stop()
+                raise CodecLost(f"no result within {time_limit:g} s (time limit a video)")
+            piece = os.read(child.stdout.fileno(), PIPE_BYTES)
+            if not piece:
+                status = child.wait()
+                self.stop()
+                raise CodecLost(self._last_words(status))
+            line += piece
         return line
 
     def stop(self) -> None:
@@ -183,13 +210,17 @@ def serve(parent: int) -> None:
 
     from preprocess import encode, extract  # noqa: F401 - loading them counts towards no video's time limit
 
+    def alive() -> None:
+        answers.write(b" ")  # which JSON allows before an answer
+        answers.flush()
+
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
         request = json.loads(line)
         settings = Settings.from_json(request["settings"])
         try:
-            answer = convert(request["source"], Spool(Path(request["spool"])), settings)
+            answer = convert(request["source"], Spool(Path(request["spool"])), settings, alive)
         except (ValueError, OSError, av.FFmpegError) as error:
             # A full disk is not the video's fault. (FFmpeg's own errors are OSErrors too, most of them.)
             number = error.errno if isinstance(error, OSError) else None

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,6 +32,7 @@ Backend = Literal["processes", "dask"]
 
 # Every library whose version can change a shard's bytes.
 LIBRARIES = ("av", "motion-vector-extractor", "simplejpeg", "h5py", "numpy")
+FLOW_LIBRARIES = ("scikit-image", "scipy")
 POLL_SECONDS = 0.5
 
 
@@ -191,8 +192,7 @@ def plan(
     if videos_per_shard < 1:
         raise ValueError(f"--videos-per-shard is {videos_per_shard}; it must be at least 1")
     starts = range(0, len(manifest.paths), videos_per_shard)
-    versions = {name: version(name) for name in LIBRARIES} | {"machine": platform.machine()}
-    origin = Origin(settings, manifest.sha256, manifest.classes, versions, len(starts))
+    origin = Origin(settings, manifest.sha256, manifest.classes, _versions(settings), len(starts))
     numbers = manifest.label_numbers
     return [
         Task(
@@ -207,6 +207,17 @@ def plan(
         )
         for k, start in enumerate(starts)
     ]
+
+
+def _versions(settings: Settings) -> dict[str, str]:
+    """Versions of what shapes a shard's bytes. Raises ValueError where flow is asked for and its extra absent."""
+    versions = {name: version(name) for name in LIBRARIES} | {"machine": platform.machine()}
+    if settings.flow:
+        try:
+            versions |= {name: version(name) for name in FLOW_LIBRARIES}
+        except PackageNotFoundError as error:
+            raise ValueError("--flow needs scikit-image: pip install '.[preprocess,flow]'") from error
+    return versions
 
 
 def refuse_foreign(out: Path, tasks: list[Task]) -> None:

@@ -16,6 +16,7 @@ uncompressed, so a reader asks HDF5 once where the bytes lie and then maps the f
 | iframes/jpeg, iframes/jpeg_offset | uint8 (bytes), int64 (K+1,) | every I-frame, height x width |
 | iframes/frame | int64 (K,) | which frame of frames/ each I-frame is |
 | motion | int16 (F, rows, cols, 2) | see below |
+| flow | int16 (F, rows, cols, 2) | only with `settings.flow`; see below |
 | failed/row | int64 (m,) | manifest rows that could not be stored |
 | failed/path, failed/reason (each with _offset) | uint8 (bytes), int64 (m+1,) | their paths, and why |
 
@@ -28,6 +29,9 @@ Motion vectors, stated once for the whole project:
 | meaning | displacement of the content from the previous frame to this one |
 | unit | quarter pixels of the encoded frame |
 | no vector | `INTRA` (-32768): intra block, or an I-frame; a skipped block is a true zero |
+
+Optical flow has the same cells, axes, meaning and unit: the mean over a cell's pixels inside the frame, rounded.
+I-frames have it too; only a video's first frame, which nothing precedes, is all `INTRA`.
 """
 
 from __future__ import annotations
@@ -66,12 +70,14 @@ SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "iframes/jpeg_offset": ("int64", ("K+1",)),
     "iframes/frame": ("int64", ("K",)),
     "motion": ("int16", ("F", "rows", "cols", 2)),
+    "flow": ("int16", ("F", "rows", "cols", 2)),
     "failed/row": ("int64", ("m",)),
     "failed/path": ("uint8", ("failed_path_bytes",)),
     "failed/path_offset": ("int64", ("m+1",)),
     "failed/reason": ("uint8", ("reason_bytes",)),
     "failed/reason_offset": ("int64", ("m+1",)),
 }
+OPTIONAL = "flow"  # the one dataset that only some settings ask for
 OFFSETS = {name: name.removesuffix("_offset") for name in SCHEMA if name.endswith("_offset")}
 
 
@@ -93,6 +99,8 @@ class Settings:
     """Height of the stored training frames, pixels (even)."""
     jpeg_quality: int = 90
     """Quality of frames and I-frames, 1 to 100 (4:2:0)."""
+    flow: bool = False
+    """Store TV-L1 optical flow beside the motion vectors (table 4): half a second of CPU time a frame."""
 
     def __post_init__(self) -> None:
         limits = {"width": (16, 8190), "height": (16, 8190), "frame_width": (16, 8190), "frame_height": (16, 8190)}
@@ -110,11 +118,13 @@ class Settings:
         return -(-self.height // MACROBLOCK), -(-self.width // MACROBLOCK)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        # Flow is named only where there is some, so that shards without it stay the same bytes.
+        values = {k: v for k, v in asdict(self).items() if k != OPTIONAL or v}
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        values = json.loads(text)
+        values = {OPTIONAL: False} | json.loads(text)
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ValueError(f"settings name {sorted(set(values) ^ known)}, which this version does not share")
@@ -226,6 +236,8 @@ class Shard:
         known: dict[str | int, int] = {"rows": rows, "cols": cols, 2: 2}
         layout = {}
         for name, (dtype, dims) in SCHEMA.items():
+            if name == OPTIONAL and not self.settings.flow:
+                continue
             for parent in (name.rpartition("/")[0], name):
                 if parent and not isinstance(f.get(parent, getlink=True), h5py.HardLink):
                     raise ValueError(f"{parent} is missing or a link; shards hold plain datasets only")
@@ -286,6 +298,13 @@ class Shard:
     motion = property(lambda self: self["motion"])
 
     @property
+    def flow(self) -> np.ndarray:
+        """The mapped column of optical flow. Raises ValueError where the shard was made without."""
+        if not self.settings.flow:
+            raise ValueError(f"{self.path} holds no optical flow: run stage 1 with --flow, into another folder")
+        return self["flow"]
+
+    @property
     def classes(self) -> list[str]:
         return list(self.origin.classes)
 
@@ -315,7 +334,7 @@ class Shard:
 
 
 def verify(shard: Shard) -> list[str]:
-    """What is wrong with a shard's contents: rows, GOP regularity, motion on I-frames, JPEG markers. Empty if sound."""
+    """What is wrong with a shard's contents: rows, GOP, motion on I-frames, flow, JPEG markers. Empty if sound."""
     problems = []
     rows = np.sort(np.concatenate([shard.row, shard["failed/row"]]))
     if not np.array_equal(rows, np.arange(shard.first_row, shard.first_row + shard.rows)):
@@ -329,6 +348,12 @@ def verify(shard: Shard) -> list[str]:
         problems.append(f"I-frames are not exactly every {shard.settings.gop} frames")
     elif not (shard.motion[shard.iframe_frame] == INTRA).all():
         problems.append("an I-frame carries motion vectors")
+    if shard.settings.flow:
+        ends = shard.frame_offset[1:].tolist()
+        if not (shard.flow[starts] == INTRA).all():
+            problems.append("a video's first frame carries optical flow")
+        if any(shard.flow[s + 1 : e].min(initial=0) == INTRA for s, e in zip(starts, ends)):
+            problems.append("a later frame of a video lacks optical flow")
     for kind in ("frames", "iframes"):
         data, offset = shard[f"{kind}/jpeg"], shard[f"{kind}/jpeg_offset"]
         if len(offset) == 1:

@@ -53,7 +53,7 @@ class Spool:
     """Bytes of the videos of one unfinished shard, appended file by file, so that memory does not grow with length."""
 
     folder: Path
-    names: tuple[str, ...] = field(default=("frames", "iframes", "motion"), repr=False)
+    names: tuple[str, ...] = field(default=("frames", "iframes", "motion", "flow"), repr=False)
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -97,12 +97,13 @@ def write_shard(
         "rows": rows,
     }
     columns = _columns(videos, failures)
-    spooled = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion"}
+    spooled = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion", "flow": "flow"}
     shapes = {name: column.shape for name, column in columns.items()} | {
         "frames/jpeg": (int(columns["frames/jpeg_offset"][-1]),),
         "iframes/jpeg": (int(columns["iframes/jpeg_offset"][-1]),),
-        "motion": (int(columns["videos/frame_offset"][-1]), *origin.settings.grid, 2),
     }
+    maps = ("motion", "flow") if origin.settings.flow else ("motion",)
+    shapes |= {name: (int(columns["videos/frame_offset"][-1]), *origin.settings.grid, 2) for name in maps}
     offsets = _lay_out(partial, attributes, shapes)
     with open(partial, "rb+") as f:
         for name, offset in offsets.items():
@@ -193,9 +194,10 @@ def _lay_out(partial: Path, attributes: dict[str, str | int], shapes: dict[str, 
         for name, value in attributes.items():
             # Fixed-length bytes: variable-length strings would put the value in a heap of its own.
             f.attrs[name] = np.int64(value) if isinstance(value, int) else np.bytes_(value.encode())
-        for name, (dtype, _) in SCHEMA.items():
-            f.create_dataset(name, shapes[name], dtype, track_times=False, dcpl=contents)
-        return {name: f[name].id.get_offset() for name in SCHEMA if math.prod(shapes[name])}
+        names = [n for n in SCHEMA if n in shapes]
+        for name in names:
+            f.create_dataset(name, shapes[name], SCHEMA[name][0], track_times=False, dcpl=contents)
+        return {name: f[name].id.get_offset() for name in names if math.prod(shapes[name])}
 
 
 def _copy(source: Path, target: BinaryIO, size: int) -> None:

@@ -355,7 +355,7 @@ from preprocess import codec
 
 real = codec.convert
 
-def convert(source, spool, settings):
+def convert(source, spool, settings, alive):
     name = Path(source).name
     flag = Path(source + ".flag")
     first, _ = not flag.exists(), flag.touch()
@@ -365,12 +365,16 @@ def convert(source, spool, settings):
     if name.startswith("crash"):
         os.abort()
     if name.startswith("hang"):
+        alive()
         time.sleep(10_000)
+    for _ in range(10 * name.startswith("good2")):  # longer than the limit, but not in silence
+        time.sleep(0.5)
+        alive()
     if name.startswith("die"):
         raise IndexError("out of my depth")
     if name.startswith("kill") or (name.startswith("stumble") and first):
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(source, spool, settings)
+    return real(source, spool, settings, alive)
 
 codec.convert = convert
 codec.serve(int(sys.argv[-1]))

@@ -65,6 +65,7 @@ class Written(NamedTuple):
     jpegs: list[list[bytes]]
     iframes: list[list[bytes]]
     motion: list[np.ndarray]
+    flow: list[np.ndarray]
 
 
 def write(
@@ -83,14 +84,17 @@ def write(
     work = folder / f"work{number}"
     work.mkdir(parents=True)
     spool = Spool(work)
-    spool.truncate((0, 0, 0))
-    written = Written(folder / f"shard-{number:05d}.h5", [], [], [], [], [])
+    spool.truncate((0,) * len(spool.names))
+    written = Written(folder / f"shard-{number:05d}.h5", [], [], [], [], [], [])
     for k, length in enumerate(lengths):
         pictures = [jpeg(rng, options.frame_height, options.frame_width) for _ in range(length)]
         intra = [jpeg(rng, options.height, options.width) for _ in range(0, length, options.gop)]
         motion = rng.integers(-60, 60, (length, ROWS, COLS, 2), np.int16)
         motion[:: options.gop] = INTRA
-        for name, data in ("frames", b"".join(pictures)), ("iframes", b"".join(intra)), ("motion", motion.tobytes()):
+        flow = rng.integers(-60, 60, (length, ROWS, COLS, 2), np.int16) if options.flow else motion[:0]
+        flow[:1] = INTRA
+        jpegs = ("frames", b"".join(pictures)), ("iframes", b"".join(intra))
+        for name, data in *jpegs, ("motion", motion.tobytes()), ("flow", flow.tobytes()):
             with open(spool.path(name), "ab") as f:
                 f.write(data)
         video = Video(
@@ -104,7 +108,7 @@ def write(
             iframe_frame=np.arange(0, length, options.gop),
             decode_errors=k,
         )
-        for column, value in zip(written[1:], (video, None, pictures, intra, motion)):
+        for column, value in zip(written[1:], (video, None, pictures, intra, motion, flow)):
             if value is not None:
                 column.append(value)
     written.failures.extend(Failure(first_row + len(lengths) + k, *f) for k, f in enumerate(failed or []))
@@ -430,7 +434,7 @@ def test_pickling_carries_no_data(tmp_path: Path) -> None:
 def test_the_writer_refuses_a_spool_that_does_not_match_its_index(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "work")
     spool.folder.mkdir()
-    spool.truncate((0, 0, 0))
+    spool.truncate((0,) * len(spool.names))
     video = Video(0, "a", 0, 25.0, (4, 4), np.array([4]), np.array([4]), np.array([0]))
     with pytest.raises(OSError, match="has 0 bytes where its index counts 4"):
         write_shard(tmp_path, 0, Origin(TINY, "", (), {}, 1), 0, 1, [video], [], spool)

@@ -73,6 +73,7 @@ class PretrainSet(Dataset[Sample]):
         photometric: Photometric,
         seed: int = 0,
     ) -> None:
+        _check_motion(shards, sampling)
         video, self.failed = select(shards, manifest)
         serves = np.array([largest_stride(f, sampling) > 0 for f in shards.frames[video].tolist()], bool)
         self.dropped = int((~serves).sum())
@@ -149,6 +150,8 @@ class FinetuneSet(Dataset[Sample]):
         seed: int = 0,
         with_motion: bool = False,
     ) -> None:
+        if with_motion:
+            _check_motion(shards, sampling)
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
         if (self.label < 0).any():
@@ -211,6 +214,8 @@ class ClipSet(Dataset[Sample]):
     ) -> None:
         at_least("clips", clips, 1)
         one_of("modality", modality, ("video", "iframe", "motion"))
+        if modality == "motion":
+            _check_motion(shards, sampling)
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
         self.shards, self.sampling, self.clips, self.modality = shards, sampling, clips, modality
@@ -232,7 +237,7 @@ class ClipSet(Dataset[Sample]):
             chosen = [nearest(iframes, centre) for centre in ((starts + span // 2) % frames).tolist()]
             return sample | {"iframes": decode_iframes(shard, first_iframe + np.array(chosen))}
         windows = starts[:, None] + (span - s.motion_frames) // 2 + np.arange(s.motion_frames)  # (C, W)
-        return sample | {"motion": shard.motion[first + windows % frames]}
+        return sample | {"motion": _maps(shard, s)[first + windows % frames]}
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -347,7 +352,7 @@ def _motion(
 ) -> Sample:
     """Motion windows of the video whose first frame is `first`, the positive one first, with its clip's crop and flip;
     zeros where there are no windows."""
-    maps, count, length = shard.motion, 1 + s.negatives, s.motion_frames
+    maps, count, length = _maps(shard, s), 1 + s.negatives, s.motion_frames
     width, height = shard.settings.width, shard.settings.height
     boxes = [clip["clip_box"], *(draw_box(rng, cropping, width, height) for _ in range(s.negatives))]
     flips = rng.random(s.negatives) < cropping.flip
@@ -357,6 +362,20 @@ def _motion(
         "motion_box": np.stack(boxes),
         "motion_flip": np.array([clip["clip_flip"], *flips]),
     }
+
+
+def _maps(shard: Shard, sampling: Sampling) -> np.ndarray:
+    """Motion of every frame, int16 (F, rows, cols, 2): the stream's vectors or optical flow (table 4)."""
+    return shard.flow if sampling.motion == "flow" else shard.motion
+
+
+def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
+    """Raise ValueError where the shards do not hold what `_maps` gives."""
+    if sampling.motion == "flow" and not shards.settings.flow:
+        raise ValueError(
+            f"motion is flow, but {shards.folder} holds no optical flow: run stage 1 with --flow into another folder, "
+            "or choose motion=vectors"
+        )
 
 
 def _extent(shards: ShardSet, video: int) -> tuple[Shard, int, int, np.ndarray, int]:
