@@ -1,4 +1,4 @@
-"""The benchmarks of stage 2 run to their last table; how fast is not asked."""
+"""The benchmarks of stage 2, and that of optical flow, run to their last table; how fast is not asked."""
 
 from __future__ import annotations
 
@@ -41,3 +41,12 @@ def test_train_step(tiny: tuple[Path, Path]) -> None:
     for row in rows:
         flops, rate, waiting, gain = (float(row[k].strip().rstrip("%")) for k in (1, 3, 4, 6))
         assert flops > 0 and rate > 0 and 0 < waiting < 100 and gain > 0
+
+
+def test_flow(tiny: tuple[Path, Path]) -> None:
+    (row,) = run("flow", "--videos", str(tiny[0].parent / "videos" / "00.mp4"))[1:]
+    fast, slow, ratio = (float(row[k]) for k in (1, 2, 3))
+    assert fast > 0 and slow > 0 and ratio > 0
+    # A pan of (3, -1) pixels, stretched from 176x144 to 340x256: every block moves but those of frame 0.
+    assert 0 < int(row[4]) <= 2 * 16 * 22
+    assert all(0 <= float(v) < 1 for v in row[5].split(",")) and all(0 <= float(v) < 15 for v in row[6].split(","))
