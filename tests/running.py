@@ -40,7 +40,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert lines(a) == lines(b)
 
 
-def run_again(monkeypatch: pytest.MonkeyPatch, at: int, what) -> None:
+def run_again(monkeypatch: pytest.MonkeyPatch, at: int, what, task: type = tasks.PretrainingTask) -> None:
     """Let what(loss) take the place of the loss at the at-th step (from 1) that this process makes."""
     made = 0
 
@@ -50,5 +50,5 @@ def run_again(monkeypatch: pytest.MonkeyPatch, at: int, what) -> None:
         loss, found = original(*arguments)
         return (what(loss) if made == at else loss), found
 
-    original = tasks.PretrainingTask.loss
-    monkeypatch.setattr(tasks.PretrainingTask, "loss", wrapped)
+    original = task.loss
+    monkeypatch.setattr(task, "loss", wrapped)

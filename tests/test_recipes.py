@@ -1,0 +1,299 @@
+"""Every recipe starts, learns, stops and goes on; its parts have gradients and no others exist."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from running import RUNTIME, Tiny, assert_same_run, lines, run_again
+
+from preprocess.manifest import Manifest
+from preprocess.shards import ShardSet
+from train import checkpoint, tasks
+from train.config import Finetuning, Networks, Optimiser, Pretraining
+from train.draws import largest_stride
+from train.loop import train
+from train.networks import VIDEO_NETWORKS
+from train.objectives import motion_prediction
+from train.recipes import RECIPES
+from train.runs import Origin
+from train.tasks import make_task
+
+GROWS = {"c3d": 4, "r3d26": 1, "r2plus1d26": 1, "r3d10": 4}
+
+
+def smaller(name: str, **changes: Any) -> Any:
+    """The recipe on 8 frames of 32x32 at stride 2, narrow, on batches of four: all that is not its subject is small."""
+    config = RECIPES[name].config
+    kind = "small-scratch" if isinstance(config, Finetuning) else "small"
+    backbone, predictor = config.networks.backbone, config.networks.predictor
+    networks = Networks(backbone, GROWS[backbone], 4, 4, predictor, predictor_width=16, head_hidden=16, head_out=8)
+    tiny = tiny_config(kind, batch_size=4, epochs=2)
+    sampling = replace(tiny.sampling, period=config.sampling.period)
+    subject = config.supervision if isinstance(config, Finetuning) else config.objective
+    field = "supervision" if isinstance(config, Finetuning) else "objective"
+    optimiser = Optimiser("adamw", lr_per_sample=2e-3, warmup_epochs=0)
+    return replace(tiny, networks=networks, sampling=sampling, optimiser=optimiser, **{field: subject} | changes)
+
+
+# Recipes that differ only in sizes, rates or data sets are the same when made small: each such group is trained once.
+TRAINED = list({smaller(name).sha256(): name for name in reversed(RECIPES)}.values())[::-1]
+
+
+def test_every_recipe_is_trained_below_under_its_own_name_or_another() -> None:
+    for name in RECIPES:
+        assert sum(smaller(name) == smaller(other) for other in TRAINED) == 1, name
+    assert {"pretrain-ucf101-c3d-current", "pretrain-ucf101-r3d26", "regularised-ucf101-c3d", "small"} <= set(TRAINED)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, checkpoint.Pretrained]:
+    """A run of each backbone, to begin from."""
+    found = {}
+    for backbone in VIDEO_NETWORKS:
+        base = smaller("small-context", epochs=1)
+        networks = replace(base.networks, backbone=backbone, width=GROWS[backbone])
+        out = tmp_path_factory.mktemp(backbone) / "run"
+        rows = Manifest.read(tiny[1]).subset("train")
+        train(replace(base, networks=networks), RUNTIME, tiny[0], rows, out, Origin("small-context", "split", "train"))
+        found[backbone] = checkpoint.load_pretrained(out)
+    return found
+
+
+def start(tiny: Tiny, out: Path, config: Any, pretrained: dict[str, checkpoint.Pretrained]) -> dict[str, Any]:
+    begins = isinstance(config, Finetuning) and config.supervision.start == "pretrained"
+    origin = Origin("x", "split", "train", pretrained[config.networks.backbone] if begins else None)
+    return train(config, RUNTIME, tiny[0], Manifest.read(tiny[1]).subset("train"), out, origin)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_starts_stops_and_goes_on(
+    tiny: Tiny,
+    pretrained: dict[str, checkpoint.Pretrained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    config = smaller(name)
+    start(tiny, tmp_path / "whole", config, pretrained)
+
+    def interrupt(_: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    kind = tasks.PretrainingTask if isinstance(config, Pretraining) else tasks.FinetuningTask
+    run_again(monkeypatch, 5, interrupt, kind)
+    with pytest.raises(KeyboardInterrupt):
+        start(tiny, tmp_path / "stopped", config, pretrained)
+    monkeypatch.undo()
+    start(tiny, tmp_path / "stopped", config, pretrained)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def collate(task: Any) -> dict[str, torch.Tensor]:
+    return torch.utils.data.default_collate([task.data[0, i] for i in range(4)])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_learns_and_every_part_of_it_has_gradients(tiny: Tiny, name: str) -> None:
+    """Thirty steps on one batch: each loss of the recipe falls."""
+    torch.manual_seed(0)
+    config = smaller(name)
+    config = config.changed({"supervision.dropout": 0.0}) if isinstance(config, Finetuning) else config
+    task = make_task(config, ShardSet(tiny[0]), Manifest.read(tiny[1]).subset("train"))
+    batch = collate(task)
+    inputs = task.inputs(batch)
+    optimiser = torch.optim.AdamW(task.model.parameters(), 3e-3)
+    history = []
+    for _ in range(30):
+        loss, parts = task.loss(task.model, inputs, batch)
+        assert len(parts) == len(task.columns)
+        optimiser.zero_grad()
+        loss.backward()
+        assert [n for n, p in task.model.named_parameters() if p.grad is None] == []
+        optimiser.step()
+        history.append([float(x.detach()) for x in (loss, *parts)])
+    # Dropout makes single steps noisy.
+    for column, values in zip(("loss", *task.columns), np.array(history).T, strict=True):
+        assert column.endswith("accuracy") or values[-5:].mean() < values[:5].mean(), (column, values)
+
+
+def parts(model: torch.nn.Module) -> set[str]:
+    found = {name for name, _ in model.named_children()}
+    return found - {"motion"} | {f"motion.{n}" for n, _ in getattr(model, "motion", torch.nn.Module()).named_children()}
+
+
+MOTION = {"motion.network", "motion.predictor", "motion.target_head", "motion.predicted_head"}
+CONTEXT = {"iframe", "clip_head", "iframe_head"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("small", {"video"} | CONTEXT | MOTION),
+        ("small-context", {"video"} | CONTEXT),
+        ("small-motion", {"video"} | MOTION),
+        ("small-mse", {"video", "motion.predictor", "motion.predicted_head"} | CONTEXT),
+        ("pretrain-ucf101-c3d-crossent", {"video", "motion.predictor", "motion.predicted_head"} | CONTEXT),
+        ("small-scratch", {"video", "dropout", "classifier"}),
+        ("small-regularised", {"video", "dropout", "classifier"} | MOTION),
+    ],
+)
+def test_only_the_parts_it_needs_exist(tiny: Tiny, name: str, expected: set[str]) -> None:
+    task = make_task(smaller(name), ShardSet(tiny[0]), Manifest.read(tiny[1]).subset("train"))
+    assert parts(task.model) == expected
+
+
+def test_finetuning_begins_from_the_pretrained_network(
+    tiny: Tiny, pretrained: dict[str, checkpoint.Pretrained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caught: dict[str, torch.Tensor] = {}
+
+    def catch(_: object, network: torch.nn.Module, *__: object) -> None:
+        caught.update({k: v.clone() for k, v in network.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks.FinetuningTask, "loss", catch)
+    config = smaller("small-finetune")
+    with pytest.raises(KeyboardInterrupt):
+        start(tiny, tmp_path / "run", config, pretrained)
+    for key, value in pretrained["r3d10"].video.items():
+        torch.testing.assert_close(caught[f"video.{key}"], value, rtol=0, atol=0)
+    monkeypatch.undo()
+    rows = Manifest.read(tiny[1]).subset("train")
+    for origin, message in (
+        (Origin(), "name its run with --pretrained"),
+        (Origin(pretrained=pretrained["c3d"]), "holds a c3d of width 4, this recipe a r3d10 of width 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, RUNTIME, tiny[0], rows, tmp_path / "other", origin)
+    with pytest.raises(ValueError, match="this recipe begins from scratch"):
+        scratch, origin = smaller("small-scratch"), Origin(pretrained=pretrained["r3d10"])
+        train(scratch, RUNTIME, tiny[0], rows, tmp_path / "other", origin)
+    start(tiny, tmp_path / "run", config, pretrained)
+    other = replace(pretrained["r3d10"], video={k: v + 1 for k, v in pretrained["r3d10"].video.items()})
+    with pytest.raises(ValueError, match="pretrained_sha256"):
+        start(tiny, tmp_path / "run", config, {"r3d10": other})
+
+
+def test_an_ablation_is_one_changed_field() -> None:
+    for name, recipe in RECIPES.items():
+        assert len(recipe.changes()) == (1 if recipe.base else 0), name
+        assert recipe.about.startswith(("Table", "Beside the paper"))
+    assert RECIPES["small-mse"].changes() == ["objective.motion_loss mse (infonce)"]
+    with pytest.raises(ValueError, match=r"no field is called objective\.beta"):
+        RECIPES["small"].config.changed({"objective.beta": 1})
+
+
+def test_settings_of_the_paper() -> None:
+    """Section 4.1, read from the page."""
+    for name in ("pretrain-ucf101-c3d", "pretrain-k400-r3d26"):
+        config = RECIPES[name].config
+        assert (config.epochs, config.sampling.frames, config.sampling.stride, config.size) == (120, 16, 4, 112)
+        o = config.optimiser
+        assert (o.name, o.lr_per_sample, o.weight_decay, o.momentum) == ("sgd", 0.0005, 0.005, 0.9)
+    assert RECIPES["pretrain-ucf101-c3d"].config.batch_size == 64
+    assert RECIPES["pretrain-k400-c3d"].config.batch_size == 512
+    for dataset, rate, decay in (("ucf101", 0.0001, 0.003), ("hmdb51", 0.0002, 0.002)):
+        for start_, dropout in (("scratch", 0.3), ("finetune", 0.3), ("regularised", 0.3)):
+            config = RECIPES[f"{start_}-{dataset}-r3d26"].config
+            assert isinstance(config, Finetuning)
+            assert (config.batch_size, config.epochs, config.supervision.dropout) == (8, 120, dropout)
+            assert (config.optimiser.lr_per_sample, config.optimiser.weight_decay) == (rate, decay)
+            assert config.supervision.motion_weight == (0.2 if start_ == "regularised" else 0)
+
+
+# ---- supervised training with motion prediction beside it, where some videos are too short for a motion window
+
+
+def test_a_short_video_trains_the_classifier_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = smaller("small-regularised")
+    shards = ShardSet(tiny[0])
+    task = make_task(config, shards, Manifest.read(tiny[1]).subset("train"))
+    assert task.data.unserved == 0  # type: ignore[union-attr]
+    short = {0, 2}
+    frames = shards.frames.copy()
+    # 8 frames at stride 1, two skipped and 8 maps: 18; with other windows beside, 23 are certain to do.
+    assert largest_stride(23, config.sampling) == 1 and largest_stride(17, config.sampling) == 0
+    del frames
+    original = tasks.FinetuneSet.__getitem__
+
+    def cut(data: Any, key: tuple[int, int]) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            if key[1] in short:
+                patch.setattr("train.data._extent", lambda s, v: shorten(extent(s, v)))
+            return original(data, key)
+
+    from train.data import _extent as extent
+
+    def shorten(found: tuple[Any, ...]) -> tuple[Any, ...]:
+        shard, first, _, iframes, low = found
+        return shard, first, 12, iframes[iframes < 12], low
+
+    monkeypatch.setattr(tasks.FinetuneSet, "__getitem__", cut)
+    batch = collate(task)
+    assert batch["serves"].tolist() == [i not in short for i in range(4)]
+    assert all(batch["motion"][i].any() != (i in short) for i in range(4))
+    assert all(batch["clip"][i].any() for i in range(4))
+    _, parts = task.loss(task.model, task.inputs(batch), batch)
+    task.model.zero_grad()
+    _, points = task.model(task.inputs(batch)[0], task.inputs(batch)[2])
+    kept = torch.tensor([i not in short for i in range(4)])
+
+    def rows_of(x: torch.Tensor, per_video: int) -> torch.Tensor:
+        return x.unflatten(0, (4, per_video))[kept].flatten(0, 1)
+
+    n = len(points.predicted) // 4
+    alone = motion_prediction(
+        rows_of(points.predicted, n), rows_of(points.targets, n), rows_of(points.negatives, n), 0.1
+    )
+    found = task.model.motion.compare(points, 0.1, batch["serves"])
+    assert float(found.value.detach()) == pytest.approx(float(alone.value.detach()) * 2 / 4, rel=1e-5)
+    assert float(found.accuracy) == pytest.approx(float(alone.accuracy))
+    assert np.isfinite([float(p.detach()) for p in parts]).all()
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_videos_left_out_of_equation_2(left: int) -> None:
+    """Against a loop in float64 over the videos that serve, gradients too."""
+    generator = torch.Generator().manual_seed(left)
+    videos, points, width, temperature = 3, 4, 5, 0.3
+
+    def rows(count: int) -> torch.Tensor:
+        x = torch.randn(count, width, generator=generator, dtype=torch.float64)
+        return torch.nn.functional.normalize(x, dim=1).requires_grad_()
+
+    arguments = [rows(videos * points), rows(videos * points), rows(videos * 2 * points)]
+    serves = torch.arange(videos) < left
+    found = motion_prediction(*arguments, temperature, 64, serves=serves)
+    gradients = torch.autograd.grad(found.value, arguments)
+    predicted, positives, negatives = arguments
+    kept = [p for v in range(left) for p in range(v * points, (v + 1) * points)]
+    others = [p for v in range(left) for p in range(v * 2 * points, (v + 1) * 2 * points)]
+    total = torch.zeros((), dtype=torch.float64)
+    for r in kept:
+        logits = torch.stack(
+            [predicted[r] @ positives[k] for k in kept] + [predicted[r] @ negatives[k] for k in others]
+        )
+        total = total + torch.logsumexp(logits / temperature, 0) - predicted[r] @ positives[r] / temperature
+    expected = total / (videos * points)
+    torch.testing.assert_close(found.value, expected)
+    naive = torch.autograd.grad(expected, arguments) if left else [torch.zeros_like(a) for a in arguments]
+    for mine, theirs in zip(gradients, naive, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_metrics_of_each_task(tiny: Tiny, pretrained: dict[str, checkpoint.Pretrained], tmp_path: Path) -> None:
+    columns = {
+        "small-mse": {"context_loss", "context_accuracy", "motion_loss"},
+        "small-regularised": {"class_loss", "class_accuracy", "motion_loss", "motion_accuracy"},
+        "small-context": {"context_loss", "context_accuracy"},
+    }
+    common = {"step", "epoch", "lr", "loss", "gradient_norm"}
+    for name, own in columns.items():
+        start(tiny, tmp_path / name, smaller(name, epochs=1), pretrained)
+        assert all(set(line) == own | common for line in lines(tmp_path / name))
