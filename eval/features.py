@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from train.loop import channels_last, choose_device, explaining_workers, heed_on
 from train.model import FinetuningModel, PretrainingModel, build_model
 
 Network = Literal["video", "iframe", "motion"]
+View = Callable[[Tensor, Tensor], Tensor]
+"""Decoded clips (V, clips, ...) and the videos' rows of their data set (V,) -> clips of the same shape."""
 NETWORKS: dict[Network, str] = {"video": "V-Network", "iframe": "I-Network", "motion": "M-Network"}
 KEYS: dict[Modality, str] = {"video": "clips", "iframe": "iframes", "motion": "motion"}
 CLIPS = 10
@@ -76,7 +79,15 @@ def protocol(config: Config, network: Network, clips: int = CLIPS) -> str:
     )
 
 
-@explaining_workers()
+def unchanged(clips: Tensor, _: Tensor) -> Tensor:
+    return clips
+
+
+def pooled(maps: Tensor) -> Tensor:
+    """Maps (N, C, t, h, w) -> global average, float32 (N, C)."""
+    return maps.float().mean((2, 3, 4))
+
+
 def video_features(
     run: Run,
     shards: ShardSet,
@@ -88,8 +99,27 @@ def video_features(
     workers: int = 2,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features float32 (V, C), class numbers int32 (V,) and shard-set positions int64 (V,) of a manifest's videos."""
-    module = part(run, network)
     data = ClipSet(shards, manifest, run.config.sampling, clips, network)
+    (found,) = over_clips(part(run, network), data, run.config, pooled, device=device, workers=workers)
+    return found, data.label, data.video
+
+
+@explaining_workers()
+def over_clips(
+    module: nn.Module,
+    data: ClipSet,
+    config: Config,
+    read: Callable[[Any], Tensor],
+    views: Sequence[View] = (unchanged,),
+    *,
+    device: str = "auto",
+    workers: int = 2,
+) -> np.ndarray:
+    """What `read` takes from the module's outputs, averaged over a video's clips: float32 (len(views), V, K).
+
+    Every view of the decoded clips passes through the module, so that a video is decoded once. Raises ValueError where
+    an average is not finite: neighbours and classes would be found among such numbers too, and mean nothing.
+    """
     where = torch.device(choose_device(device))
     module.to(where).eval()
     channels_last(module)
@@ -100,14 +130,21 @@ def video_features(
         pin_memory=where.type == "cuda",
         worker_init_fn=heed_only_parent,
     )
-    features = []
+    network, settings = data.modality, data.shards.settings
+    found: list[Tensor] = []
     with torch.inference_mode():
         for batch in tqdm(loader, unit=f"{VIDEOS_A_BATCH} videos", desc=NETWORKS[network], disable=None, leave=False):
-            raw = batch[KEYS[network]].to(where, non_blocking=True)  # (V, clips, ...)
-            maps = module(prepare(raw.flatten(0, 1), network, run.config, shards.settings))
-            pooled = maps.float().mean((2, 3, 4))  # (V clips, C)
-            features.append(pooled.unflatten(0, raw.shape[:2]).mean(1).cpu())  # (V, C)
-    return torch.cat(features).numpy(), data.label, data.video
+            clips = batch[KEYS[network]].to(where, non_blocking=True)  # (V, clips, ...)
+            values = []
+            for view in views:
+                raw = view(clips, batch["index"]).flatten(0, 1)  # (V clips, ...)
+                each = read(module(prepare(raw, network, config, settings)))  # (V clips, K)
+                values.append(each.unflatten(0, clips.shape[:2]).mean(1).cpu())  # (V, K)
+            found.append(torch.stack(values))
+    every = torch.cat(found, 1).numpy()
+    if not np.isfinite(every).all():
+        raise ValueError(f"the {NETWORKS[network]} gives numbers that are not finite: are its weights sound?")
+    return every
 
 
 def part(run: Run, network: Network) -> nn.Module:
