@@ -38,7 +38,7 @@ def retrieve(
         device: auto, cpu, cuda or cuda:1.
         workers: Processes that decode.
     """
-    from eval import features
+    from eval import features, rows
     from eval import retrieve as retrieval
     from preprocess.manifest import Manifest
     from preprocess.shards import ShardSet
@@ -46,7 +46,8 @@ def retrieve(
     table, shard_set = Manifest.read(manifest), ShardSet(shards)
     loaded = features.load_run(run, weights)
     found = retrieval.retrieve(loaded, shard_set, table, network, device=device, workers=workers)
-    path = retrieval.store(loaded, shard_set, table, manifest.stem, network, found)
+    origin = rows.about(loaded, shard_set, table, manifest.stem)
+    path = rows.write(run, origin | retrieval.row(found, loaded.config, network))
     name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
     print(
         f"{len(found.query)} queries, {len(found.gallery)} in the gallery; {features.protocol(loaded.config, network)}"
@@ -74,22 +75,23 @@ def compare(
         device: auto, cpu, cuda or cuda:1.
         workers: Processes that decode.
     """
-    from eval import features, gallery
+    from eval import features, gallery, rows
     from eval import retrieve as retrieval
     from preprocess.manifest import Manifest
     from preprocess.shards import ShardSet
 
-    rows, shard_set = Manifest.read(manifest), ShardSet(shards)
+    table, shard_set = Manifest.read(manifest), ShardSet(shards)
     # By their folders' names where these differ, else by their paths.
     names = [r.resolve().name for r in runs]
     names = [str(r) for r in runs] if len({*names, "untrained"}) <= len(runs) else names
     found = {}
     for name, folder, weights in [("untrained", runs[0], "initial"), *((n, r, "last") for n, r in zip(names, runs))]:
         loaded = features.load_run(folder, weights)
-        found[name] = retrieval.retrieve(loaded, shard_set, rows, device=device, workers=workers)
-        retrieval.store(loaded, shard_set, rows, manifest.stem, "video", found[name])
+        found[name] = retrieval.retrieve(loaded, shard_set, table, device=device, workers=workers)
+        origin = rows.about(loaded, shard_set, table, manifest.stem)
+        rows.write(folder, origin | retrieval.row(found[name], loaded.config, "video"))
     print(retrieval.table({name: f.recalls for name, f in found.items()}, (1,)))
-    chance = retrieval.chance(shard_set, rows)
+    chance = retrieval.chance(shard_set, table)
     print("chance: " + ", ".join(f"{name} {value:.1f}" for name, value in chance.items()))
     if picture:
         print(gallery.draw(shard_set, {n: found[n] for n in ("untrained", names[0])}, picture))

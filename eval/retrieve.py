@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval import rows
 from eval.features import CLIPS, Network, Run, protocol, video_features
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
-from train.runs import git_commit
+from train.config import Config
 
 KS = (1, 5, 10, 20)
 
@@ -72,7 +67,7 @@ def retrieve(
     """Test rows of the manifest query its train rows, by the protocol of `eval.features.protocol`."""
     options: dict[str, Any] = {"device": device, "workers": workers}
     queries, query_labels, query = video_features(run, shards, manifest.subset("test"), network, **options)
-    gallery, gallery_labels, rows = video_features(run, shards, manifest.subset("train"), network, **options)
+    gallery, gallery_labels, places = video_features(run, shards, manifest.subset("train"), network, **options)
     if (query_labels < 0).any() or (gallery_labels < 0).any():
         raise ValueError("retrieval scores need labels, and some videos of the manifest have none")
     order = neighbours(queries, gallery, max(ks))
@@ -80,47 +75,27 @@ def retrieve(
         name: {k: recall(order, number[query_labels], number[gallery_labels], k) for k in ks}
         for name, number in labellings(shards.classes).items()
     }
-    return Retrieval(query, rows, order, recalls)
+    return Retrieval(query, places, order, recalls)
 
 
-def store(run: Run, shards: ShardSet, manifest: Manifest, dataset: str, network: Network, found: Retrieval) -> Path:
-    """Write one result as one JSON file in the run's folder, with everything that tells where it came from."""
-    row = {
-        "recipe": run.recipe,
-        "backbone": run.config.networks.backbone,
+def row(found: Retrieval, config: Config, network: Network) -> rows.Row:
+    """What a result row says beside where it comes from (`rows.about`)."""
+    return {
+        "kind": "retrieval",
         "network": network,
-        "weights": run.weights,
-        "epoch": run.epoch,
-        "dataset": dataset,
         "queries": len(found.query),
         "gallery": len(found.gallery),
-        "seed": run.config.seed,
         "metrics": {f"{name} R@{k}": v for name, values in found.recalls.items() for k, v in values.items()},
-        "protocol": protocol(run.config, network, CLIPS),
-        "commit": git_commit(),
-        "config_sha256": run.config.sha256(),
-        "manifest_sha256": manifest.sha256,
-        "shards_sha256": shards.sha256(),
-        "weights_sha256": run.weights_sha256(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "protocol": protocol(config, network, CLIPS),
     }
-    text = json.dumps(row, indent=1) + "\n"
-    # The name is a hash of the content: concurrent writers never meet.
-    path = run.folder / "results" / f"retrieve-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
-    return path
 
 
-def table(rows: dict[str, dict[str, dict[int, float]]], ks: Sequence[int]) -> str:
+def table(found: dict[str, dict[str, dict[int, float]]], ks: Sequence[int]) -> str:
     """Markdown: a row a run, a column a labelling and k; recalls in percent."""
-    first = next(iter(rows.values()))
+    first = next(iter(found.values()))
     heads = [f"{name} R@{k}" for name in first for k in ks]
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    for run, recalls in rows.items():
+    for run, recalls in found.items():
         lines.append(f"| {run} | " + " | ".join(f"{recalls[n][k]:.1f}" for n in first for k in ks) + " |")
     return "\n".join(lines)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
 from eval import __main__ as command
-from eval import features, gallery, retrieve
-from eval.retrieve import Retrieval, chance, labellings, neighbours, recall, store
+from eval import features, gallery, retrieve, rows
+from eval.retrieve import Retrieval, chance, labellings, neighbours, recall
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train import checkpoint, data, loop, tasks
@@ -255,7 +254,8 @@ def result(number: int = 0) -> Retrieval:
 def test_a_result_says_where_it_came_from(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     loaded, shards, table = features.load_run(tmp_path / "run"), ShardSet(tiny[0]), Manifest.read(tiny[1])
-    path = store(loaded, shards, table, "split", "video", result(25))
+    origin = rows.about(loaded, shards, table, "split")
+    path = rows.write(tmp_path / "run", origin | retrieve.row(result(25), loaded.config, "video"))
     assert path.parent == tmp_path / "run" / "results"
     row = json.loads(path.read_text())
     hashes = {
@@ -266,23 +266,12 @@ def test_a_result_says_where_it_came_from(tiny: Tiny, run: Path, tmp_path: Path)
     }
     assert {k: row[k] for k in hashes} == hashes and all(len(h) == 64 for h in hashes.values())
     assert row["metrics"] == {"class R@1": 25.0, "class R@5": 50.0}
-    known = {"recipe": "small", "network": "video", "weights": "last", "epoch": 1, "dataset": "split", "seed": 0}
+    known = {"kind": "retrieval", "recipe": "small", "backbone": "r3d10", "network": "video", "weights": "last"}
+    known |= {"epoch": 1, "dataset": "split", "split": "", "trained_on": "split", "subset": "train", "seed": 0}
     assert {k: row[k] for k in known} == known and (row["queries"], row["gallery"]) == (8, 12)
+    assert row["pretraining"] == row["pretrained_on"] == "" and len(row["training_sha256"]) == 64
     assert "10 evenly spread clips" in row["protocol"] and "8 frames at stride 2" in row["protocol"]
-
-
-def _store(arguments: tuple[Path, Tiny, int]) -> None:
-    folder, tiny, number = arguments
-    config = tiny_config()
-    loaded = features.Run(folder, config, "small", "initial", 0.0, PretrainingModel(config))
-    store(loaded, ShardSet(tiny[0]), Manifest.read(tiny[1]), "split", "video", result(number))
-
-
-def test_many_writers_lose_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.map(_store, [(tmp_path, tiny, number) for number in range(16)], chunksize=1)
-    rows = [json.loads(p.read_text()) for p in (tmp_path / "results").iterdir()]
-    assert sorted(row["metrics"]["class R@1"] for row in rows) == [float(n) for n in range(16)]
+    assert rows.about(loaded, shards, table, "ucf101_split3")["split"] == "3"
 
 
 def test_a_table_has_a_row_a_run_and_a_column_a_number() -> None:
