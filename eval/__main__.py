@@ -40,13 +40,13 @@ def retrieve(
     """
     from eval import features, rows
     from eval import retrieve as retrieval
-    from preprocess.manifest import Manifest
+    from preprocess.manifest import Manifest, dataset_name
     from preprocess.shards import ShardSet
 
     table, shard_set = Manifest.read(manifest), ShardSet(shards)
     loaded = features.load_run(run, weights)
     found = retrieval.retrieve(loaded, shard_set, table, network, device=device, workers=workers)
-    origin = rows.about(loaded, shard_set, table, manifest.stem)
+    origin = rows.about(loaded, shard_set, table, dataset_name(manifest))
     path = rows.write(run, origin | retrieval.row(found, loaded.config, network))
     name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
     print(
@@ -77,7 +77,7 @@ def compare(
     """
     from eval import features, gallery, rows
     from eval import retrieve as retrieval
-    from preprocess.manifest import Manifest
+    from preprocess.manifest import Manifest, dataset_name
     from preprocess.shards import ShardSet
 
     table, shard_set = Manifest.read(manifest), ShardSet(shards)
@@ -88,7 +88,7 @@ def compare(
     for name, folder, weights in [("untrained", runs[0], "initial"), *((n, r, "last") for n, r in zip(names, runs))]:
         loaded = features.load_run(folder, weights)
         found[name] = retrieval.retrieve(loaded, shard_set, table, device=device, workers=workers)
-        origin = rows.about(loaded, shard_set, table, manifest.stem)
+        origin = rows.about(loaded, shard_set, table, dataset_name(manifest))
         rows.write(folder, origin | retrieval.row(found[name], loaded.config, "video"))
     print(retrieval.table({name: f.recalls for name, f in found.items()}, (1,)))
     chance = retrieval.chance(shard_set, table)

@@ -131,6 +131,15 @@ class Manifest:
             temporary.unlink(missing_ok=True)
 
 
+def dataset_name(path: StrPath) -> str:
+    """What results call a manifest: its file's name without the ending, or its folder's where that says no more.
+
+    data_manifests/ucf101_split1.csv is ucf101_split1, demo_out/scenes/manifest.csv is scenes.
+    """
+    whole = Path(path).resolve()
+    return whole.parent.name if whole.stem == "manifest" else whole.stem
+
+
 class KineticsScan(NamedTuple):
     """What `scan_kinetics` found."""
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preprocess.manifest import SUBSETS, Manifest
+from preprocess.manifest import SUBSETS, Manifest, dataset_name
 
 ROOT = Path(__file__).parent.parent
 LISTS = ROOT / "data_manifests"
@@ -391,3 +391,10 @@ def test_construction_is_checked_and_pickles() -> None:
     assert manifest.classes == ("A",)
     again = pickle.loads(pickle.dumps(manifest))
     assert again == manifest and again.classes == ("A",)
+
+
+def test_names_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scenes").mkdir()
+    monkeypatch.chdir(tmp_path / "scenes")
+    assert dataset_name("../ucf101_split1.csv") == "ucf101_split1"
+    assert dataset_name("manifest.csv") == dataset_name(tmp_path / "scenes" / "manifest.csv") == "scenes"

@@ -98,7 +98,7 @@ def run(argv: list[str]) -> int:
     kind: Any = ARGUMENTS[type(recipe.config)]
     default = kind(shards=missing, manifest=missing, out=missing, config=recipe.config)
     a = tyro.cli(kind, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.about)
-    from preprocess.manifest import Manifest
+    from preprocess.manifest import Manifest, dataset_name
     from train import checkpoint
     from train.loop import Terminated, train
     from train.runs import Origin
@@ -109,7 +109,7 @@ def run(argv: list[str]) -> int:
     pretrained = None
     if isinstance(a, FinetuningArguments) and a.pretrained:
         pretrained = checkpoint.load_pretrained(a.pretrained, a.pretrained_weights)
-    origin = Origin(argv[0], a.manifest.stem, a.subset, pretrained)
+    origin = Origin(argv[0], dataset_name(a.manifest), a.subset, pretrained)
     try:
         train(a.config, a.runtime, a.shards, rows, a.out, origin)
     except Terminated as stop:
