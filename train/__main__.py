@@ -54,11 +54,18 @@ ARGUMENTS = {Pretraining: PretrainingArguments, Finetuning: FinetuningArguments}
 
 
 def list_recipes() -> None:
+    """Every recipe; the costs take a few seconds to count."""
+    from train import cost
     from train.recipes import RECIPES
 
+    print(
+        f"GPU hours are an estimate, not a measurement: they are for an {cost.GPU} that reaches "
+        f"{cost.UTILISATION:.0%} of its {cost.GPU_FLOPS / 1e12:.0f} bfloat16 TFLOP/s.\n"
+    )
     for name, recipe in RECIPES.items():
         c = recipe.config
         print(f"{name}\n    {recipe.about}\n    batch {c.batch_size}, {c.epochs} epochs, {c.size}x{c.size}")
+        print(f"    {cost.describe(name, c)}", flush=True)
         if recipe.base:
             print(f"    differs from {recipe.base}: {', '.join(recipe.changes())}")
 

@@ -1,0 +1,90 @@
+"""What recipes cost, against convolutions and products counted by hand and against a real step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from train import __main__ as command
+from train import cost
+from train.config import Objective, Pretraining, Supervision
+from train.model import FinetuningModel, PretrainingModel
+from train.recipes import RECIPES
+
+POINTS, WINDOWS, CHANNELS = 49, 4, 512
+
+
+def c3d_by_hand() -> int:
+    """Eight 3x3x3 convolutions on 16 frames of 112x112; (channels in, out, output positions)."""
+    layers = [(3, 64, 16 * 112**2), (64, 128, 16 * 56**2), (128, 256, 8 * 28**2), (256, 256, 8 * 28**2)]
+    layers += [(256, 512, 4 * 14**2), (512, 512, 4 * 14**2), (512, 512, 2 * 7**2), (512, 512, 2 * 7**2)]
+    products = [2 * 27 * a * b * positions for a, b, positions in layers]
+    return 3 * sum(products) - products[0]  # forward, weights, inputs; the clip itself needs no gradient
+
+
+def test_c3d_by_hand() -> None:
+    scratch = cost.flops_per_clip(RECIPES["scratch-ucf101-c3d"].config)
+    assert scratch == c3d_by_hand()
+    assert scratch == cost.flops_per_clip(RECIPES["finetune-hmdb51-c3d"].config)
+
+
+def test_a_row_meets_the_keys_of_the_batch() -> None:
+    """Three products of (49, 512) with (512, 4 x 49 x B) a clip and of (1, 512) with (512, B)."""
+    small, large = (cost.flops_per_clip(RECIPES[f"pretrain-{name}-c3d"].config) for name in ("ucf101", "k400"))
+    assert large - small == 3 * 2 * CHANNELS * (POINTS * WINDOWS * POINTS + 1) * (512 - 64)
+    still = [
+        cost.flops_per_clip(RECIPES[f"pretrain-ucf101-c3d{ending}"].config) for ending in ("-released", "-current")
+    ]
+    assert still == [small, small]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_real_step_of_pretraining(alpha: float) -> None:
+    config = tiny_config(objective=Objective(alpha), batch_size=3)
+    clip, motion = torch.randn(3, 3, 8, 32, 32), torch.randn(3, 2, 2, 8, 32, 32)
+    model = PretrainingModel(config)
+    with FlopCounterMode(display=False) as counter:
+        clips, iframes, points = model(clip, clip[:, :, :1] if alpha < 1 else None, motion if alpha > 0 else None)
+        loss = torch.zeros(())
+        if clips is not None:
+            loss = loss + F.cross_entropy(clips @ iframes.T, torch.arange(3))
+        if points is not None:
+            loss = loss + (points.predicted @ torch.cat((points.targets, points.negatives)).T).logsumexp(1).mean()
+        loss.backward()
+    assert cost.flops_per_clip(config) == pytest.approx(counter.get_total_flops() / 3, rel=1e-6)
+
+
+def test_a_real_step_with_labels_and_motion() -> None:
+    config = tiny_config("small-regularised", batch_size=3)
+    model = FinetuningModel(config, 2)
+    with FlopCounterMode(display=False) as counter:
+        scores, points = model(torch.randn(3, 3, 8, 32, 32), torch.randn(3, 2, 2, 8, 32, 32))
+        compared = points.predicted @ torch.cat((points.targets, points.negatives)).T
+        (scores.mean() + compared.logsumexp(1).mean()).backward()
+    # All but the classifier.
+    assert cost.flops_per_clip(config) == pytest.approx(counter.get_total_flops() / 3, rel=1e-3)
+    plain = tiny_config("small-regularised", batch_size=3, supervision=Supervision(motion_weight=0.0))
+    assert cost.flops_per_clip(plain) < cost.flops_per_clip(config)
+
+
+def test_whole_runs() -> None:
+    config = RECIPES["scratch-hmdb51-c3d"].config  # batch 8, 120 epochs
+    found = cost.estimate(config, 3570)
+    assert found.clips == 120 * 3568 and found.total_flops == 120 * 3568 * c3d_by_hand()
+    assert cost.gpu_hours(config, 3570) == pytest.approx(found.total_flops / (0.3 * 312e12 * 3600))
+    assert isinstance(RECIPES["pretrain-ucf101-c3d-mse"].config, Pretraining)
+    assert cost.dataset("pretrain-k400-r3d26") == ("Kinetics-400", 246_000) and cost.dataset("small-mse") is None
+
+
+def test_the_list_has_costs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(RECIPES):
+        if name not in ("scratch-ucf101-c3d", "small-scratch"):
+            monkeypatch.delitem(RECIPES, name)
+    assert command.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "estimate" in listed and "30%" in listed
+    assert "229 GFLOP a clip, 262 PFLOP on UCF101, split 1 (9,537 videos): about 0.78 GPU hours" in listed
+    assert "\n    0.51" in listed
