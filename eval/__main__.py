@@ -57,6 +57,47 @@ def retrieve(
     return DONE
 
 
+def classify(
+    run: Path,
+    shards: Path,
+    manifest: Path,
+    weights: str = "last",
+    picture: Path | None = None,
+    device: str = "auto",
+    workers: int = 2,
+) -> int:
+    """Action recognition by a run trained with labels: top-1 and top-5 of the test videos (tables 2, 3, 6 and 8).
+
+    Args:
+        run: Folder of a run of a finetune-, scratch- or regularised- recipe.
+        shards: Folder of shards with the classes of the run.
+        manifest: CSV with test rows.
+        weights: last, or a kept epoch such as epoch-0005.
+        picture: PNG to write: the confusion matrix.
+        device: auto, cpu, cuda or cuda:1.
+        workers: Processes that decode.
+    """
+    from eval import classify as recognition
+    from eval import features, rows
+    from preprocess.manifest import Manifest, dataset_name
+    from preprocess.shards import ShardSet
+
+    table, shard_set, dataset = Manifest.read(manifest), ShardSet(shards), dataset_name(manifest)
+    loaded = features.load_run(run, weights)
+    found = recognition.classify(loaded, shard_set, table, device=device, workers=workers)
+    origin = rows.about(loaded, shard_set, table, dataset)
+    path = rows.write(run, origin | recognition.row(found, loaded.config))
+    numbers = ", ".join(f"{name} {value:.1f}" for name, value in found.metrics.items())
+    title = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}, on {dataset}: {numbers}"
+    print(f"{len(found.label)} videos; {recognition.protocol(loaded.config)}")
+    print(recognition.table(found))
+    print(title)
+    if picture:
+        print(recognition.draw(found, title, picture))
+    print(f"stored in {path}")
+    return DONE
+
+
 def compare(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     shards: Path,
@@ -99,7 +140,7 @@ def compare(
 
 
 def main() -> int:
-    verbs: dict[str, Callable[..., int]] = {"retrieve": retrieve, "compare": compare}
+    verbs: dict[str, Callable[..., int]] = {"retrieve": retrieve, "classify": classify, "compare": compare}
     try:
         status = tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__)
         sys.stdout.flush()
