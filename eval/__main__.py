@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -139,8 +139,53 @@ def compare(
     return DONE
 
 
+def tables(
+    out: Path = Path("tables"),
+    runs: Path = Path("runs"),
+    results: tuple[Path, ...] = (),
+    export: Path | None = None,
+) -> int:
+    """Tables 1 to 9 and those of the small experiments: paper, ours, difference, as Markdown, CSV and plots.
+
+    Args:
+        out: Folder for tables.md, tables.csv and the plots.
+        runs: Folder of runs, whose results are read at any depth.
+        results: More folders of runs, and CSV files that --export wrote.
+        export: CSV to write with every row that went in, a line a metric.
+    """
+    from eval import rows
+    from eval import tables as rendering
+
+    found, refused = _results(runs, results)
+    if export:
+        rows.export(found, export)
+        print(f"wrote {export}")
+    made = rendering.build(found)
+    for path in rendering.write(made, refused, out):
+        print(f"wrote {path}")
+    for row, reason in refused:
+        print(f"left out: {row['file']}: {reason}", file=sys.stderr)
+    return DONE
+
+
+def _results(runs: Path, results: tuple[Path, ...]) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
+    """(sound rows, the others with the reasons) of everything named; the default folder of runs may be missing."""
+    from eval import rows
+    from eval import tables as rendering
+
+    if not results and not runs.exists():
+        raise ValueError(f"there is no folder {runs}: name the folder of runs with --runs, or rows with --results")
+    found = rows.read([*([runs] if runs.exists() else []), *results])
+    return rows.check(found, rendering.known_manifests(found))
+
+
 def main() -> int:
-    verbs: dict[str, Callable[..., int]] = {"retrieve": retrieve, "classify": classify, "compare": compare}
+    verbs: dict[str, Callable[..., int]] = {
+        "retrieve": retrieve,
+        "classify": classify,
+        "compare": compare,
+        "tables": tables,
+    }
     try:
         status = tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__)
         sys.stdout.flush()
