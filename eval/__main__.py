@@ -139,6 +139,42 @@ def compare(
     return DONE
 
 
+def pretext(
+    run: Path,
+    shards: Path,
+    manifest: Path,
+    weights: str = "last",
+    device: str = "auto",
+    workers: int = 2,
+) -> int:
+    """How well a pretrained run solves its own tasks on the manifest's test videos (table 7).
+
+    Args:
+        run: Folder of a pretraining run.
+        shards: Folder of shards.
+        manifest: CSV with test rows.
+        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+        device: auto, cpu, cuda or cuda:1.
+        workers: Processes that decode.
+    """
+    from eval import features, rows
+    from eval import pretext as tasks
+    from preprocess.manifest import Manifest
+    from preprocess.shards import ShardSet
+
+    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    loaded = features.load_run(run, weights)
+    found = tasks.pretext(loaded, shard_set, table, device=device, workers=workers)
+    what = {"kind": "pretext", "network": "video", "videos": found.videos, "metrics": found.metrics}
+    origin = rows.about(loaded, shard_set, table, manifest.stem)
+    path = rows.write(run, origin | what | {"protocol": tasks.protocol(loaded)})
+    print(f"{found.videos} test videos, {found.left} left over; {tasks.protocol(loaded)}")
+    for name, value in found.metrics.items():
+        print(f"{name} {value:.1f} %")
+    print(f"stored in {path}")
+    return DONE
+
+
 def tables(
     out: Path = Path("tables"),
     runs: Path = Path("runs"),
@@ -184,6 +220,7 @@ def main() -> int:
         "retrieve": retrieve,
         "classify": classify,
         "compare": compare,
+        "pretext": pretext,
         "tables": tables,
     }
     try:

@@ -1,0 +1,73 @@
+"""Accuracy of the pretext tasks on test videos: context matching and motion prediction (table 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from eval.features import Run
+from preprocess.manifest import Manifest
+from preprocess.shards import ShardSet
+from train.config import Pretraining
+from train.data import EpochSampler
+from train.loop import channels_last, choose_device, explaining_workers, heed_only_parent
+from train.model import PretrainingModel
+from train.tasks import PretrainingTask
+
+
+@dataclass(frozen=True)
+class Pretext:
+    metrics: dict[str, float]
+    """'context accuracy' and 'motion accuracy' in percent; only those that the run's objective ranks."""
+    videos: int
+    """Videos seen."""
+    left: int
+    """Videos that did not fill a batch."""
+
+
+@explaining_workers()
+def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "auto", workers: int = 2) -> Pretext:
+    """One epoch of the run's own task over the manifest's test videos, without learning.
+
+    Clips, crops and colours are drawn as in training, and batches are as large, since the accuracy depends on how many
+    candidates there are; dropout is off, and batch norm uses its running statistics. ValueError where the run has no
+    such task, or the test videos do not fill a batch.
+    """
+    if not (isinstance(run.config, Pretraining) and isinstance(run.model, PretrainingModel)):
+        raise ValueError(f"{run.folder} was trained with labels: pretext tasks are those of a pretraining run")
+    where = torch.device(choose_device(device))
+    task = PretrainingTask(run.config, shards, manifest.subset("test"))
+    names = [c.replace("_", " ") for c in task.columns]
+    if not any("accuracy" in name for name in names):
+        raise ValueError(f"{run.folder} ({run.recipe}) regresses motion vectors, which has no accuracy")
+    task.model = run.model.to(where).eval()
+    channels_last(task.model)
+    sampler = EpochSampler(len(task.data), run.config.batch_size, seed=run.config.seed)
+    loader = DataLoader(
+        task.data,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=where.type == "cuda",
+        worker_init_fn=heed_only_parent,
+    )
+    total = torch.zeros(len(names), device=where)
+    with torch.inference_mode():
+        for batch in tqdm(loader, unit="batch", desc="pretext tasks", disable=None, leave=False):
+            batch = {k: v.to(where, non_blocking=True) for k, v in batch.items()}
+            _, found = task.loss(task.model, task.inputs(batch), batch)
+            total += torch.stack(found)
+    means = (100 * total / sampler.steps).tolist()
+    metrics = {name: value for name, value in zip(names, means) if "accuracy" in name}
+    return Pretext(metrics, sampler.steps * run.config.batch_size, sampler.dropped)
+
+
+def protocol(run: Run) -> str:
+    """How the accuracies are made, in one sentence; it is printed and stored with every number."""
+    return (
+        f"one epoch over the test videos in batches of {run.config.batch_size}, clips, crops and colours drawn as in "
+        "training, dropout off, running statistics of batch norm; a clip's own I-frame among those of the batch, a "
+        "motion point's own among those of the batch and of the further windows"
+    )
