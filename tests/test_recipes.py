@@ -18,8 +18,9 @@ from train import checkpoint, tasks
 from train.config import Finetuning, Networks, Optimiser, Pretraining
 from train.draws import largest_stride
 from train.loop import train
+from train.model import build_model
 from train.networks import VIDEO_NETWORKS
-from train.objectives import motion_prediction
+from train.objectives import motion_bins, motion_prediction, motion_targets
 from train.recipes import RECIPES
 from train.runs import Origin
 from train.tasks import make_task
@@ -297,3 +298,18 @@ def test_metrics_of_each_task(tiny: Tiny, pretrained: dict[str, checkpoint.Pretr
     for name, own in columns.items():
         start(tiny, tmp_path / name, smaller(name, epochs=1), pretrained)
         assert all(set(line) == own | common for line in lines(tmp_path / name))
+
+
+def test_targets_of_the_paper_s_size_are_8_maps_of_16x16_pixels_in_21_bins() -> None:
+    """A clip of 16 frames of 112x112 predicts 49 points; each target is the mean of what one of them sees."""
+    for name, values in (("pretrain-ucf101-c3d-mse", 2), ("pretrain-ucf101-c3d-crossent", 2 * 21)):
+        with torch.device("meta"):
+            motion = build_model(RECIPES[name].config, 0).motion
+        last = [m for m in motion.predicted_head.modules() if isinstance(m, torch.nn.Linear)][-1]
+        assert (motion.grid, last.out_features) == ((1, 7, 7), values)
+    maps = torch.zeros(1, 2, 8, 112, 112)
+    maps[0, 0, :, 16:32, 96:112] = 0.5  # five pixels to the right in one block, for the whole window
+    targets = motion_targets(maps, (1, 7, 7))
+    assert targets.nonzero().tolist() == [[1 * 7 + 6, 0]] and targets[13, 0] == 0.5
+    # Stillness is the middle bin, five pixels the border between bins 15 and 16 of 21, and ten the last.
+    assert motion_bins(torch.tensor([0.0, 0.49, 0.53, 1.0, 7.0, -1.0]), 21).tolist() == [10, 15, 16, 20, 20, 0]
