@@ -98,6 +98,82 @@ def classify(
     return DONE
 
 
+def diagnose(
+    shards: Path,
+    manifest: Path,
+    run: Path | None = None,
+    weights: str = "last",
+    module: str = "",
+    frames: int | None = None,
+    stride: int | None = None,
+    size: int | None = None,
+    out: Path | None = None,
+    picture: Path | None = None,
+    device: str = "auto",
+    workers: int = 2,
+) -> int:
+    """How much context and how much motion a network knows, asked of the embedded scenes (make scenes).
+
+    Test clips query training clips by context, by motion and by both: as they are, reversed in time, frozen to one
+    frame, and with their frames shuffled. A network that sees only scenes finds the same every time.
+
+    Any backbone will do: --run RUN, or --module package.module:factory, where factory() returns an nn.Module that takes
+    RGB clips (N, 3, frames, size, size), normalised by ImageNet's mean and deviation, and gives features (N, C) or maps
+    (N, C, t, h, w), which are averaged.
+
+    Args:
+        shards: Folder of the scenes' shards; make scenes makes them in demo_out/shards.
+        manifest: Their manifest, demo_out/scenes/manifest.csv.
+        run: Folder of a run; its V-Network is diagnosed, at the run's own frames, stride and size.
+        weights: Of the run: last, initial (untrained), or a kept epoch such as epoch-0005.
+        module: Import path of a network of your own, instead of --run.
+        frames: Frames of the module's clips; 16 unless given.
+        stride: From one frame to the next; 1 unless given. The sprites move 2 to 4 pixels a frame.
+        size: Height and width of the module's clips in pixels; 112 unless given.
+        out: Folder in whose results/ the module's numbers are stored.
+        picture: PNG to write: the shares as bars.
+        device: auto, cpu, cuda or cuda:1.
+        workers: Processes that decode.
+    """
+    from eval import diagnose as diagnosis
+    from eval import features, rows
+    from preprocess.manifest import Manifest, dataset_name
+    from preprocess.shards import ShardSet
+    from train.config import Config, Pretraining
+    from train.draws import Sampling
+
+    if (run is None) == (not module):
+        raise ValueError("give a network to diagnose: --run RUN, or --module package.module:factory, and not both")
+    table, shard_set, dataset = Manifest.read(manifest), ShardSet(shards), dataset_name(manifest)
+    if run is None:
+        t, step, side = (usual if v is None else v for usual, v in ((16, frames), (1, stride), (112, size)))
+        config: Config = Pretraining(sampling=Sampling(frames=t, stride=step), size=side)
+        network, folder, name = diagnosis.load_module(module, config), out, module
+    else:
+        own = {"frames": frames, "stride": stride, "size": size, "out": out}
+        if given := [f"--{name}" for name, value in own.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: a run has its own; they are for a --module")
+        loaded = features.load_run(run, weights)
+        config, network, folder = loaded.config, features.part(loaded, "video"), run
+        name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
+    found = diagnosis.diagnose(network, config, shard_set, table, device=device, workers=workers)
+    print(f"{found.queries} queries, {found.gallery} in the gallery; {diagnosis.protocol(config)}")
+    print(f"nearest neighbours of {name}, in percent:")
+    print(diagnosis.table(found))
+    print(diagnosis.verdict(found))
+    if picture:
+        print(diagnosis.draw(found, name, picture))
+    if folder is None:
+        print("not stored: --out FOLDER keeps it")
+        return DONE
+    if run is None:
+        origin = diagnosis.about_module(module, network, config, shard_set, table, dataset)
+    else:
+        origin = rows.about(loaded, shard_set, table, dataset)
+    print(f"stored in {rows.write(folder, origin | diagnosis.row(found, config))}")
+    return DONE
+
+
 def compare(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     shards: Path,
@@ -219,6 +295,7 @@ def main() -> int:
     verbs: dict[str, Callable[..., int]] = {
         "retrieve": retrieve,
         "classify": classify,
+        "diagnose": diagnose,
         "compare": compare,
         "pretext": pretext,
         "tables": tables,

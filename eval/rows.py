@@ -57,8 +57,7 @@ def about(run: Run, shards: ShardSet, manifest: Manifest, dataset: str) -> Row:
     """
     made = runs.read(run.folder)
     began = made["pretrained"]
-    split = re.search(r"_split(\d+)$", dataset)
-    return {
+    return evaluated_on(shards, manifest, dataset) | {
         "recipe": run.recipe,
         "backbone": run.config.networks.backbone,
         "pretraining": began.get("recipe", ""),
@@ -66,16 +65,23 @@ def about(run: Run, shards: ShardSet, manifest: Manifest, dataset: str) -> Row:
         "trained_on": made["trained_on"],
         "subset": made["subset"],
         "training_sha256": hashlib.sha256(f"{made['manifest_sha256']} {made['shards_sha256']}".encode()).hexdigest(),
-        "dataset": dataset,
-        "split": split[1] if split else "",
         "seed": run.config.seed,
         "epoch": run.epoch,
         "weights": run.weights,
-        "commit": runs.git_commit(),
         "config_sha256": run.config.sha256(),
+        "weights_sha256": run.weights_sha256(),
+    }
+
+
+def evaluated_on(shards: ShardSet, manifest: Manifest, dataset: str) -> Row:
+    """What `about` says of the data, the program, the machine and the time."""
+    split = re.search(r"_split(\d+)$", dataset)
+    return {
+        "dataset": dataset,
+        "split": split[1] if split else "",
+        "commit": runs.git_commit(),
         "manifest_sha256": manifest.sha256,
         "shards_sha256": shards.sha256(),
-        "weights_sha256": run.weights_sha256(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

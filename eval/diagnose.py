@@ -1,0 +1,350 @@
+"""How much context and how much motion a network knows, on the embedded scenes, where neither tells the other.
+
+Test clips query the training clips, and a nearest neighbour is right by context, by motion, or by both. Then the same
+queries altered in time, against the gallery as it is:
+
+| queries | what a network that sees motion does | what one that sees only scenes does |
+|---|---|---|
+| reversed | finds the opposite motion | finds what it found |
+| frozen to the middle frame | loses the motion | finds what it found |
+| frames shuffled | loses the motion | finds what it found |
+
+Legend: V videos, N clips, T frames, S pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eval import rows
+from eval.features import CLIPS, View, over_clips, pooled, unchanged
+from eval.features import protocol as features_protocol
+from eval.retrieve import labellings, neighbours
+from preprocess.manifest import Manifest
+from preprocess.shards import ShardSet
+from train import checkpoint
+from train.config import Config
+from train.data import ClipSet
+
+# What a clip played backwards shows.
+OPPOSITES = {
+    "rightward": "leftward",
+    "leftward": "rightward",
+    "upward": "downward",
+    "downward": "upward",
+    "clockwise": "anticlockwise",
+    "anticlockwise": "clockwise",
+}
+SIGMAS = 3.0  # standard errors by which two shares must differ to count as different
+SEED = 0  # of the shuffled frames
+COLOURS = ("#2166ac", "#e08214", "#b2abd2", "#7fbf7b")
+TICKS = {"context": "same context", "motion": "same motion", "both": "both", "opposite": "opposite motion"}
+
+
+def backwards(clips: Tensor, _: Tensor) -> Tensor:
+    return clips.flip(2)
+
+
+def frozen(clips: Tensor, _: Tensor) -> Tensor:
+    """The middle frame T // 2 throughout."""
+    t = clips.shape[2] // 2
+    return clips[:, :, t : t + 1].expand_as(clips)
+
+
+def shuffled(clips: Tensor, index: Tensor) -> Tensor:
+    """Frames in an order of each clip's own, a function of its video's row."""
+    videos = [
+        clip[torch.arange(len(clip))[:, None], torch.from_numpy(_orders(int(i), *clip.shape[:2]))]
+        for clip, i in zip(clips, index)
+    ]
+    return torch.stack(videos)
+
+
+def _orders(index: int, clips: int, frames: int) -> np.ndarray:
+    """An order of the frames for each clip of a video, int64 (clips, frames)."""
+    rng = np.random.default_rng([SEED, index])
+    return rng.permuted(np.tile(np.arange(frames), (clips, 1)), axis=1)
+
+
+VIEWS: dict[str, View] = {"as it is": unchanged, "reversed": backwards, "frozen": frozen, "shuffled": shuffled}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Shares of the queries, in percent."""
+
+    queries: int
+    gallery: int
+    shares: dict[str, dict[str, float]]
+    """For each of VIEWS, how many nearest neighbours have the query's 'context', 'motion', 'both', and, where the
+    motions come in pairs, the 'opposite' motion."""
+    chance: dict[str, float]
+    """The same for a neighbour drawn at random."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {
+            f"{name} R@1" + ("" if view == "as it is" else f" {view}"): value
+            for view, shares in self.shares.items()
+            for name, value in shares.items()
+        }
+
+    def above_chance(self, name: str, view: str = "as it is") -> bool:
+        return self.shares[view][name] > self.limit(name)
+
+    def limit(self, name: str) -> float:
+        """How far luck may carry a share, in percent: `SIGMAS` standard errors above chance."""
+        return self.chance[name] + SIGMAS * _error(self.chance[name], self.queries)
+
+    def knows(self, name: str) -> bool:
+        """Whether a share lies above chance; that of motion, also above what is found in frozen clips, which have none.
+        What single frames tell of it, by accident or by a leak, is not motion."""
+        share, still = self.shares["as it is"][name], self.shares["frozen"][name]
+        moves = share - still > SIGMAS * math.hypot(_error(share, self.queries), _error(still, self.queries))
+        return self.above_chance(name) and (name == "context" or moves)
+
+    def loses(self, name: str, view: str) -> str:
+        """What becomes of knowledge under an altered view: 'yes', it is at chance; 'in part', less than half of what
+        lay above chance is left; else 'no'."""
+        if not self.above_chance(name, view):
+            return "yes"
+        left, had = (self.shares[v][name] - self.chance[name] for v in (view, "as it is"))
+        return "in part" if left < had / 2 else "no"
+
+    def turns(self) -> bool:
+        """Whether reversed queries find the opposite motion more often than their own, beyond chance: of the queries
+        that find one of the two, each would find either as often if the network did not know which way time runs."""
+        own, opposite = (self.queries * self.shares["reversed"][name] / 100 for name in ("motion", "opposite"))
+        return opposite - own > SIGMAS * math.sqrt(opposite + own)
+
+
+def diagnose(
+    module: nn.Module,
+    config: Config,
+    shards: ShardSet,
+    manifest: Manifest,
+    *,
+    device: str = "auto",
+    workers: int = 2,
+) -> Diagnosis:
+    """Retrieval of altered test clips by features of `module`, pooled and averaged over a video's clips.
+
+    module: normalised clips float32 (N, 3, T, S, S) -> (N, C) or maps (N, C, t, h, w). Of `config` the sampling and the
+    size count. ValueError where the labels are not context/motion, or a clip has too few frames to be altered.
+    """
+    numbers = labellings(shards.classes)
+    if "motion" not in numbers:
+        raise ValueError(
+            f"{shards.folder} is not labelled context/motion (but {', '.join(shards.classes[:3])}, …): a diagnosis "
+            "needs the embedded scenes. `make scenes` makes them, as demo_out/shards and demo_out/scenes/manifest.csv"
+        )
+    if config.sampling.frames < 3:
+        raise ValueError(f"clips of {config.sampling.frames} frames have no order to alter; choose 3 or more")
+    query, gallery = (ClipSet(shards, manifest.subset(s), config.sampling, CLIPS) for s in ("test", "train"))
+    for name, data in (("test", query), ("train", gallery)):
+        if (data.label < 0).any():
+            raise ValueError(f"some {name} videos have no label: leave them out of the manifest")
+    (found,) = over_clips(module, gallery, config, vectors, device=device, workers=workers)
+    altered = over_clips(module, query, config, vectors, tuple(VIEWS.values()), device=device, workers=workers)
+    nearest = {view: neighbours(q, found, 1)[:, 0] for view, q in zip(VIEWS, altered)}
+    return compare(nearest, query.label, gallery.label, shards.classes)
+
+
+def compare(
+    nearest: dict[str, np.ndarray], query: np.ndarray, gallery: np.ndarray, classes: Sequence[str]
+) -> Diagnosis:
+    """From each query's nearest gallery row (V,) under each view, and the class numbers of both, to shares."""
+    names = [c.split("/") for c in classes]
+    agrees = {  # (K, K): whether two classes agree
+        "context": np.array([[a[0] == b[0] for b in names] for a in names]),
+        "motion": np.array([[a[1] == b[1] for b in names] for a in names]),
+        "both": np.array([[a == b for b in names] for a in names]),
+    }
+    if all(OPPOSITES.get(motion) in {m for _, m in names} for _, motion in names):
+        agrees["opposite"] = np.array([[OPPOSITES[a[1]] == b[1] for b in names] for a in names])
+    shares = {
+        view: {name: 100 * float(same[query, gallery[rows]].mean()) for name, same in agrees.items()}
+        for view, rows in nearest.items()
+    }
+    chance = {name: 100 * float(same[query][:, gallery].mean()) for name, same in agrees.items()}
+    return Diagnosis(len(query), len(gallery), shares, chance)
+
+
+def vectors(outputs: object) -> Tensor:
+    """What a network gives, (N, C) or maps (N, C, t, h, w) -> float32 (N, C)."""
+    if not isinstance(outputs, Tensor) or outputs.ndim not in (2, 5):
+        what = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"the network gives {what}; it must give features (N, C) or maps (N, C, t, h, w)")
+    return outputs.float() if outputs.ndim == 2 else pooled(outputs)
+
+
+def load_module(name: str, config: Config) -> nn.Module:
+    """The network of 'package.module:factory', built by factory(), and tried on two black clips of the config's shape.
+
+    ValueError saying what to mend where it cannot be imported, is no nn.Module, or does not take or give what it must.
+    """
+    path, _, factory = name.partition(":")
+    if not path or not factory:
+        raise ValueError(f"--module is {name!r}; give package.module:factory, a callable that returns an nn.Module")
+    try:
+        found = importlib.import_module(path)
+    except Exception as error:  # a user's code may raise anything
+        raise ValueError(
+            f"{path} cannot be imported ({type(error).__name__}: {error}): run from the folder that holds it, or put "
+            "that folder into PYTHONPATH"
+        ) from error
+    make = getattr(found, factory, None)
+    if not callable(make):
+        raise ValueError(f"{path} has no callable {factory!r}; give a function or class that returns an nn.Module")
+    try:
+        module = make()
+    except Exception as error:
+        raise ValueError(f"{name}() raised {type(error).__name__}: {error}; it is called without arguments") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{name}() returned {type(module).__name__}; it must return an nn.Module")
+    shape = (2, 3, config.sampling.frames, config.size, config.size)
+    try:
+        with torch.inference_mode():
+            outputs = module.eval()(torch.zeros(shape))
+    except Exception as error:
+        raise ValueError(
+            f"{name} raised {type(error).__name__} for clips {shape}: {error}; --frames and --size change the shape"
+        ) from error
+    if len(features := vectors(outputs)) != shape[0]:
+        raise ValueError(f"{name} gives features {tuple(features.shape)} for {shape[0]} clips; each clip needs its own")
+    return module
+
+
+def protocol(config: Config) -> str:
+    """How the shares are made, in one sentence; it is printed and stored with them."""
+    return (
+        features_protocol(config, "video") + "; R@1 of test queries among the training videos; queries as they are, "
+        f"reversed, frozen to frame {config.sampling.frames // 2} of the clip, and with each clip's frames shuffled "
+        f"(seed {SEED}), against the gallery as it is"
+    )
+
+
+def row(found: Diagnosis, config: Config) -> rows.Row:
+    """What a result row says beside where it comes from (`rows.about` or `about_module`)."""
+    return {
+        "kind": "diagnosis",
+        "network": "video",
+        "queries": found.queries,
+        "gallery": found.gallery,
+        "metrics": found.metrics,
+        "chance": found.chance,
+        "protocol": protocol(config),
+    }
+
+
+def about_module(
+    name: str, module: nn.Module, config: Config, shards: ShardSet, manifest: Manifest, dataset: str
+) -> rows.Row:
+    """`rows.about` for a network of unknown training: its import path stands for the recipe."""
+    unknown = dict.fromkeys(("pretraining", "pretrained_on", "trained_on", "subset", "training_sha256"), "")
+    return rows.evaluated_on(shards, manifest, dataset) | unknown | {
+        "recipe": name,
+        "backbone": name,
+        "seed": 0,
+        "epoch": 0.0,
+        "weights": "given",
+        "config_sha256": config.sha256(),
+        "weights_sha256": checkpoint.sha256(module.state_dict()),
+    }  # fmt: skip
+
+
+def table(found: Diagnosis) -> str:
+    """Markdown: a row a view, a column a share in percent; the last row is chance."""
+    heads = list(found.chance)
+    lines = ["| queries | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for name, shares in {**found.shares, "chance": found.chance}.items():
+        lines.append(f"| {name} | " + " | ".join(f"{shares[h]:.1f}" for h in heads) + " |")
+    return "\n".join(lines)
+
+
+def verdict(found: Diagnosis) -> str:
+    """What the numbers say, a line a finding and a last one in plain words."""
+    shares, chance = found.shares, found.chance
+    as_it_is = shares["as it is"]
+
+    def change(name: str, view: str) -> str:
+        return f"{found.loses(name, view)} ({as_it_is[name]:.1f} -> {shares[view][name]:.1f})"
+
+    lines = [
+        f"knows {name}: {_yes(found.knows(name))} ({as_it_is[name]:.1f} against chance {chance[name]:.1f}, which luck "
+        f"may raise to {found.limit(name):.1f})"
+        for name in ("context", "motion")
+    ]
+    if found.above_chance("context"):
+        lines.append(f"loses context when frozen: {change('context', 'frozen')}")
+    if found.above_chance("motion"):
+        lines += [f"loses motion when {view}: {change('motion', view)}" for view in ("frozen", "shuffled")]
+        if "opposite" in chance:
+            own, opposite = (shares["reversed"][n] for n in ("motion", "opposite"))
+            lines.append(
+                f"knows which way time runs: {_yes(found.turns())} (reversed, {opposite:.1f} find the opposite motion "
+                f"and {own:.1f} their own)"
+            )
+    alone = as_it_is["context"] * chance["motion"] / 100, as_it_is["motion"] * chance["context"] / 100
+    lines.append(
+        f"both at once: {as_it_is['both']:.1f}, where its context alone would give {alone[0]:.1f} and its motion alone "
+        f"{alone[1]:.1f}"
+    )
+    return "\n".join([*lines, f"In short: {summary(found)}"])
+
+
+def summary(found: Diagnosis) -> str:
+    if found.above_chance("motion") and found.loses("motion", "frozen") == "no" and not found.knows("motion"):
+        return "it tells motions by single frames: frozen clips have no motion, and it finds theirs as well"
+    return {
+        (False, False): "it knows neither scenes nor motion",
+        (True, False): "it sees scenes, and no motion",
+        (False, True): "it sees motion, and no scenes",
+        (True, True): "it knows scenes and motion",
+    }[found.knows("context"), found.knows("motion")]
+
+
+def _error(share: float, count: int) -> float:
+    """Standard error of a share, both in percent, counted on `count` queries."""
+    return math.sqrt(share * (100 - share) / count)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def draw(found: Diagnosis, title: str, out: Path) -> Path:
+    """The shares as bars, a group a question and a bar a view, with dashes at chance; a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the picture needs matplotlib: pip install '.[eval]'") from error
+    figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    wide, names = 0.2, list(found.chance)  # of a bar, where a group is 1
+    for place, ((view, shares), colour) in enumerate(zip(found.shares.items(), COLOURS)):
+        middle = [g + (place - 1.5) * wide for g in range(len(names))]
+        bars = axes.bar(middle, [shares[n] for n in names], wide * 0.92, color=colour, label=view)
+        axes.bar_label(bars, fmt="%.0f", size=6.5, padding=1)
+    for group, name in enumerate(names):
+        label = "chance" if group == 0 else "_"  # one entry in the legend
+        axes.hlines(found.chance[name], group - 0.45, group + 0.45, "black", "dashed", linewidth=1, label=label)
+    axes.set_xticks(range(len(names)), [TICKS[n] for n in names], size=8)
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("nearest neighbours, %", size=8)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="queries", fontsize=7, title_fontsize=7, frameon=False, ncols=5, loc="upper right")
+    axes.set_title(f"{title}: {summary(found)}", size=8, loc="left", wrap=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    return out
