@@ -174,6 +174,42 @@ def diagnose(
     return DONE
 
 
+def features(
+    run: Path,
+    shards: Path,
+    manifest: Path,
+    out: Path,
+    network: Literal["video", "iframe", "motion"] = "video",
+    weights: str = "last",
+    device: str = "auto",
+    workers: int = 2,
+) -> int:
+    """One feature a video, averaged over ten clips, into an NPZ file: arrays features, label, path, subset, classes.
+
+    Args:
+        run: Folder of a run, the --out of python -m train.
+        shards: Folder of shards.
+        manifest: CSV whose videos to describe, of every subset.
+        out: NPZ to write; it also says where the features came from.
+        network: V-Network, I-Network or M-Network.
+        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+        device: auto, cpu, cuda or cuda:1.
+        workers: Processes that decode.
+    """
+    from eval import features, rows
+    from preprocess.manifest import Manifest, dataset_name
+    from preprocess.shards import ShardSet
+
+    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    loaded = features.load_run(run, weights)
+    found, label, video = features.video_features(loaded, shard_set, table, network, device=device, workers=workers)
+    about = rows.about(loaded, shard_set, table, dataset_name(manifest))
+    about |= {"network": network, "protocol": features.protocol(loaded.config, network)}
+    features.store(out, found, label, video, shard_set, table, about)
+    print(f"{len(found)} features of {found.shape[1]} numbers in {out}; {about['protocol']}")
+    return DONE
+
+
 def compare(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     shards: Path,
@@ -296,6 +332,7 @@ def main() -> int:
         "retrieve": retrieve,
         "classify": classify,
         "diagnose": diagnose,
+        "features": features,
         "compare": compare,
         "pretext": pretext,
         "tables": tables,

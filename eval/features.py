@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +15,11 @@ from tqdm import tqdm
 
 from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
-from train import augment, checkpoint, runs
+from train import augment
 from train.config import Config
 from train.data import ClipSet, Modality
 from train.loop import channels_last, choose_device, explaining_workers, heed_only_parent
-from train.model import FinetuningModel, PretrainingModel, build_model
+from train.trained import Run, load_run  # noqa: F401  (load_run is part of this module)
 
 Network = Literal["video", "iframe", "motion"]
 View = Callable[[Tensor, Tensor], Tensor]
@@ -29,39 +28,6 @@ NETWORKS: dict[Network, str] = {"video": "V-Network", "iframe": "I-Network", "mo
 KEYS: dict[Modality, str] = {"video": "clips", "iframe": "iframes", "motion": "motion"}
 CLIPS = 10
 VIDEOS_A_BATCH = 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run at one state of its weights."""
-
-    folder: Path
-    config: Config
-    recipe: str
-    weights: str
-    """'initial' (untrained), 'last', or the name of a kept checkpoint such as 'epoch-0005'."""
-    epoch: float
-    model: PretrainingModel | FinetuningModel
-
-    def weights_sha256(self) -> str:
-        return checkpoint.sha256(self.model.state_dict())
-
-
-def load_run(folder: Path, weights: str = "last") -> Run:
-    """A run's networks with its 'initial' weights (untrained, from its seed), its 'last', or those of a kept epoch."""
-    about = runs.read(folder)
-    config = Config.from_json(json.dumps(about["config"]))
-    if weights == "initial" and about["pretrained"]:
-        raise ValueError(f"{folder} began from the weights of another run, {about['pretrained']['recipe']}: look there")
-    torch.manual_seed(config.seed)  # as the training loop does before it builds the networks
-    model = build_model(config, len(about["classes"]))
-    epoch = 0.0
-    if weights != "initial":
-        saved = checkpoint.weights_path(folder, weights)
-        state = checkpoint.load(saved)
-        checkpoint.load_weights(model, state["model"], saved)
-        epoch = float(state["epoch"])
-    return Run(folder, config, about["recipe"], weights, epoch, model)
 
 
 def protocol(config: Config, network: Network, clips: int = CLIPS) -> str:
@@ -102,6 +68,41 @@ def video_features(
     data = ClipSet(shards, manifest, run.config.sampling, clips, network)
     (found,) = over_clips(part(run, network), data, run.config, pooled, device=device, workers=workers)
     return found, data.label, data.video
+
+
+def store(
+    out: Path,
+    found: np.ndarray,
+    label: np.ndarray,
+    video: np.ndarray,
+    shards: ShardSet,
+    manifest: Manifest,
+    about: Mapping[str, Any],
+) -> None:
+    """Write what `video_features` returned to an NPZ file, whole or not at all, with its origin.
+
+    Arrays: features float32 (V, C), label int32 (V,) into classes str (N,), -1 unknown, path and subset str (V,); and
+    each value of `about` as text. np.load reads them without pickled code.
+    """
+    paths, subsets = shards.paths, dict(zip(manifest.paths, manifest.subsets))
+    arrays: dict[str, Any] = {key: np.array(str(value)) for key, value in about.items() if key != "subset"}
+    arrays |= {
+        "features": found,
+        "label": label,
+        "classes": np.array(shards.classes, dtype=str),
+        "path": np.array([paths[v] for v in video.tolist()], dtype=str),
+        "subset": np.array([subsets[paths[v]] for v in video.tolist()], dtype=str),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as f:
+            np.savez(f, **arrays)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @explaining_workers()

@@ -3,9 +3,11 @@
     python -m train pretrain-ucf101-c3d --shards shards/ucf101 \
         --manifest data_manifests/ucf101_split1.csv --out runs/c3d
     python -m train --list
+    python -m train export runs/c3d --out backbone.safetensors
 
-The first pretrains C3D on UCF101's training split as the paper does; the second lists the recipes. The same command
-goes on where a run was interrupted. torchrun spreads it over GPUs and machines.
+The first pretrains C3D on UCF101's training split as the paper does; the second lists the recipes; the third writes a
+run's V-Network for others. The same command goes on where a run was interrupted. torchrun spreads it over GPUs and
+machines.
 """
 
 from __future__ import annotations
@@ -70,6 +72,22 @@ def list_recipes() -> None:
             print(f"    differs from {recipe.base}: {', '.join(recipe.changes())}")
 
 
+def export_run(run: tyro.conf.Positional[Path], out: Path, weights: str = "last") -> None:
+    """Write a run's V-Network as safetensors; train/export.py shows how to load it.
+
+    Args:
+        run: Folder of a run.
+        out: File to write.
+        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+    """
+    from train.export import export
+    from train.trained import load_run
+
+    loaded = load_run(run, weights)
+    path = export(loaded, out)
+    print(f"{path}: {loaded.config.networks.backbone} of {loaded.recipe}, {weights} weights, epoch {loaded.epoch:g}")
+
+
 def main(argv: list[str]) -> int:
     try:
         status = run(argv)
@@ -91,6 +109,9 @@ def run(argv: list[str]) -> int:
 
     if argv[:1] == ["--list"]:
         list_recipes()
+        return DONE
+    if argv[:1] == ["export"]:
+        tyro.cli(export_run, args=argv[1:], prog="python -m train export")
         return DONE
     if not argv or argv[0] not in RECIPES:
         helping = argv[:1] in (["-h"], ["--help"])

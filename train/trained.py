@@ -1,0 +1,46 @@
+"""A run that has been trained, at one state of its weights: what evaluations and exports begin with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from train import checkpoint, runs
+from train.config import Config
+from train.model import FinetuningModel, PretrainingModel, build_model
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run at one state of its weights."""
+
+    folder: Path
+    config: Config
+    recipe: str
+    weights: str
+    """'initial' (untrained), 'last', or the name of a kept checkpoint such as 'epoch-0005'."""
+    epoch: float
+    model: PretrainingModel | FinetuningModel
+
+    def weights_sha256(self) -> str:
+        return checkpoint.sha256(self.model.state_dict())
+
+
+def load_run(folder: Path, weights: str = "last") -> Run:
+    """A run's networks with its 'initial' weights (untrained, from its seed), its 'last', or those of a kept epoch."""
+    about = runs.read(folder)
+    config = Config.from_json(json.dumps(about["config"]))
+    if weights == "initial" and about["pretrained"]:
+        raise ValueError(f"{folder} began from the weights of another run, {about['pretrained']['recipe']}: look there")
+    torch.manual_seed(config.seed)  # as the training loop does before it builds the networks
+    model = build_model(config, len(about["classes"]))
+    epoch = 0.0
+    if weights != "initial":
+        saved = checkpoint.weights_path(folder, weights)
+        state = checkpoint.load(saved)
+        checkpoint.load_weights(model, state["model"], saved)
+        epoch = float(state["epoch"])
+    return Run(folder, config, about["recipe"], weights, epoch, model)
