@@ -98,6 +98,50 @@ def classify(
     return DONE
 
 
+def probe(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    shards: Path,
+    manifest: Path,
+    network: Literal["video", "iframe", "motion"] = "video",
+    weights: str = "last",
+    device: str = "auto",
+    workers: int = 2,
+) -> int:
+    """k-NN and a linear probe on frozen features: what the training videos teach about the test videos.
+
+    Args:
+        runs: Folders of runs.
+        shards: Folder of shards.
+        manifest: CSV with train and test rows.
+        network: V-Network, I-Network or M-Network.
+        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+        device: auto, cpu, cuda or cuda:1.
+        workers: Processes that decode.
+    """
+    if not runs:
+        raise ValueError("nothing to probe: give the folders of one or more runs")
+    from eval import features, rows
+    from eval import probe as probing
+    from eval import retrieve as retrieval
+    from preprocess.manifest import Manifest, dataset_name
+    from preprocess.shards import ShardSet
+
+    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    found, stored = {}, []
+    for folder in runs:
+        loaded = features.load_run(folder, weights)
+        found[str(folder)] = probing.probe(loaded, shard_set, table, network, device=device, workers=workers)
+        origin = rows.about(loaded, shard_set, table, dataset_name(manifest))
+        for row in probing.found_rows(found[str(folder)], loaded.config, network):
+            stored.append(rows.write(folder, origin | row))
+    print(f"k=: {probing.VOTE}\nlinear: {probing.LINEAR}")
+    print(probing.table(found))
+    chance = retrieval.chance(shard_set, table)
+    print("chance: " + ", ".join(f"{name} {value:.1f}" for name, value in chance.items()))
+    print("\n".join(f"stored in {path}" for path in stored))
+    return DONE
+
+
 def diagnose(
     shards: Path,
     manifest: Path,
@@ -331,6 +375,7 @@ def main() -> int:
     verbs: dict[str, Callable[..., int]] = {
         "retrieve": retrieve,
         "classify": classify,
+        "probe": probe,
         "diagnose": diagnose,
         "features": features,
         "compare": compare,
