@@ -315,14 +315,14 @@ def pretext(
     """
     from eval import features, rows
     from eval import pretext as tasks
-    from preprocess.manifest import Manifest
+    from preprocess.manifest import Manifest, dataset_name
     from preprocess.shards import ShardSet
 
     table, shard_set = Manifest.read(manifest), ShardSet(shards)
     loaded = features.load_run(run, weights)
     found = tasks.pretext(loaded, shard_set, table, device=device, workers=workers)
     what = {"kind": "pretext", "network": "video", "videos": found.videos, "metrics": found.metrics}
-    origin = rows.about(loaded, shard_set, table, manifest.stem)
+    origin = rows.about(loaded, shard_set, table, dataset_name(manifest))
     path = rows.write(run, origin | what | {"protocol": tasks.protocol(loaded)})
     print(f"{found.videos} test videos, {found.left} left over; {tasks.protocol(loaded)}")
     for name, value in found.metrics.items():
@@ -336,19 +336,62 @@ def tables(
     runs: Path = Path("runs"),
     results: tuple[Path, ...] = (),
     export: Path | None = None,
+    plan: bool = False,
+    run: bool = False,
+    slurm: Path | None = None,
+    only: tuple[str, ...] = (),
+    data: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (0,),
+    training: str = "",
+    evaluation: str = "",
 ) -> int:
     """Tables 1 to 9 and those of the small experiments: paper, ours, difference, as Markdown, CSV and plots.
 
+    With --plan, --run or --slurm, also the runs that they miss: a training once for all cells that need it, each
+    before what follows from it.
+
     Args:
         out: Folder for tables.md, tables.csv and the plots.
-        runs: Folder of runs, whose results are read at any depth.
+        runs: Folder of runs, whose results are read at any depth, and where --run and --slurm put theirs.
         results: More folders of runs, and CSV files that --export wrote.
         export: CSV to write with every row that went in, a line a metric.
+        plan: Only list the runs that are missing, each as its command, with its hours.
+        run: Carry them out here one after another, then write the tables; the same command goes on after any kill.
+        slurm: Folder to write SLURM job arrays to, and submit.sh, which queues them.
+        only: Tables to plan or run: 1 to 9, scenes, small. All of the nine unless told otherwise.
+        data: Data sets at hand, each as NAME=SHARDS:MANIFEST; NAME is ucf101, hmdb51, k400, scenes or small.
+        seeds: Seeds to run.
+        training: Further flags of every training: --training="--precision bfloat16".
+        evaluation: Further flags of every evaluation: --evaluation="--workers 8".
     """
-    from eval import rows
-    from eval import tables as rendering
+    import shlex
 
-    found, refused = _results(runs, results)
+    from eval import execute, rows
+    from eval import plan as planning
+    from eval import tables as rendering
+    from eval.cells import NINE
+
+    if plan + run + bool(slurm) > 1:
+        raise ValueError("--plan, --run and --slurm exclude each other")
+    status, wanted = DONE, only or NINE
+    at_hand = [planning.Data.parse(text) for text in data]
+
+    def missing() -> list[planning.Job]:
+        flags = shlex.split(training), shlex.split(evaluation)
+        return planning.make(wanted, seeds, at_hand, _results(runs, results, False)[0], runs, *flags)
+
+    if plan:
+        print(execute.describe(missing()))
+        return DONE
+    if slurm:
+        levels = execute.slurm(missing(), slurm)
+        print(f"wrote {slurm}/submit.sh, which queues {len(levels)} arrays of {', '.join(str(len(x)) for x in levels)}")
+        return DONE
+    if run:
+        status = execute.run(missing, runs)
+    if status not in (DONE, execute.FAILURES):
+        return status
+    found, refused = _results(runs, results, not run)
     if export:
         rows.export(found, export)
         print(f"wrote {export}")
@@ -357,15 +400,17 @@ def tables(
         print(f"wrote {path}")
     for row, reason in refused:
         print(f"left out: {row['file']}: {reason}", file=sys.stderr)
-    return DONE
+    return status
 
 
-def _results(runs: Path, results: tuple[Path, ...]) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
-    """(sound rows, the others with the reasons) of everything named; the default folder of runs may be missing."""
+def _results(
+    runs: Path, results: tuple[Path, ...], needed: bool = True
+) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
+    """(sound rows, the others with the reasons) of everything named; ValueError where that is nothing and `needed`."""
     from eval import rows
     from eval import tables as rendering
 
-    if not results and not runs.exists():
+    if needed and not results and not runs.exists():
         raise ValueError(f"there is no folder {runs}: name the folder of runs with --runs, or rows with --results")
     found = rows.read([*([runs] if runs.exists() else []), *results])
     return rows.check(found, rendering.known_manifests(found))

@@ -51,7 +51,12 @@ class Cell:
     """Recipe that the run began from."""
 
     def fits(self, row: Row, dataset: str = "") -> bool:
-        """Whether a row is of this cell; `dataset` names the manifest of a small table."""
+        """Whether a row has this cell's number; `dataset` names the manifest of a small table."""
+        return self.metric in row["metrics"] and self.is_of(row, dataset)
+
+    def is_of(self, row: Row, dataset: str = "") -> bool:
+        """Whether a row is of the evaluation that gives this cell, whatever metrics it has: few classes have no top-5,
+        and labels of two parts no plain R@k."""
         here = dataset or STEMS.get(self.data, "")
         pairs = [
             (self.kind, row["kind"]),
@@ -66,7 +71,7 @@ class Cell:
         if self.pretraining:
             there = dataset or STEMS.get(trained_on(self.pretraining), row["pretrained_on"])
             pairs.append((there, row["pretrained_on"]))
-        return all(a == b for a, b in pairs) and self.metric in row["metrics"]
+        return all(a == b for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -241,11 +246,8 @@ def _family(family: str, retrieval: dict[str, str]) -> list[Cell]:
         epochs = made.config.epochs
         if isinstance(made.config, Finetuning):
             began = family if made.config.supervision.start == "pretrained" else ""
-            for k in (1, 5):
-                column = f"top-{k}"
-                found.append(
-                    Cell(family, recipe, column, "classification", recipe, family, column, epochs, pretraining=began)
-                )
+            what = ("top-1", "classification", recipe, family, "top-1", epochs)
+            found.append(Cell(family, recipe, *what, pretraining=began))
         else:
             found += [Cell(family, recipe, c, "retrieval", recipe, family, m, epochs) for m, c in retrieval.items()]
     return found
