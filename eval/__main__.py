@@ -24,6 +24,7 @@ def retrieve(
     manifest: Path,
     network: Literal["video", "iframe", "motion"] = "video",
     weights: str = "last",
+    picture: Path | None = None,
     device: str = "auto",
     workers: int = 2,
 ) -> int:
@@ -35,10 +36,11 @@ def retrieve(
         manifest: CSV with train and test rows.
         network: V-Network, I-Network or M-Network (table 5).
         weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+        picture: PNG to write: a query of each of a few classes with its I-frame and motion vectors, and its neighbours.
         device: auto, cpu, cuda or cuda:1.
         workers: Processes that decode.
     """
-    from eval import features, rows
+    from eval import features, gallery, rows
     from eval import retrieve as retrieval
     from preprocess.manifest import Manifest, dataset_name
     from preprocess.shards import ShardSet
@@ -53,6 +55,8 @@ def retrieve(
         f"{len(found.query)} queries, {len(found.gallery)} in the gallery; {features.protocol(loaded.config, network)}"
     )
     print(retrieval.table({name: found.recalls}, retrieval.KS))
+    if picture:
+        print(gallery.draw(shard_set, {name: found}, picture))
     print(f"stored in {path}")
     return DONE
 

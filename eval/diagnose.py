@@ -278,14 +278,14 @@ def verdict(found: Diagnosis) -> str:
     def change(name: str, view: str) -> str:
         return f"{found.loses(name, view)} ({as_it_is[name]:.1f} -> {shares[view][name]:.1f})"
 
-    lines = [
-        f"knows {name}: {_yes(found.knows(name))} ({as_it_is[name]:.1f} against chance {chance[name]:.1f}, which luck "
-        f"may raise to {found.limit(name):.1f})"
-        for name in ("context", "motion")
-    ]
-    if found.above_chance("context"):
+    lines = []
+    for name in ("context", "motion"):
+        against = f"chance {chance[name]:.1f}, which luck may raise to {found.limit(name):.1f}"
+        still = f"; frozen clips, which have none: {shares['frozen'][name]:.1f}" if name == "motion" else ""
+        lines.append(f"knows {name}: {_yes(found.knows(name))} ({as_it_is[name]:.1f}; {against}{still})")
+    if found.knows("context"):
         lines.append(f"loses context when frozen: {change('context', 'frozen')}")
-    if found.above_chance("motion"):
+    if found.knows("motion"):
         lines += [f"loses motion when {view}: {change('motion', view)}" for view in ("frozen", "shuffled")]
         if "opposite" in chance:
             own, opposite = (shares["reversed"][n] for n in ("motion", "opposite"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from eval.retrieve import Retrieval
+from eval.retrieve import Retrieval, labellings
 from preprocess.draw import arrows, colour_view, enlarge
 from preprocess.shards import INTRA, QUARTERS, Shard, ShardSet
 
@@ -16,12 +16,13 @@ NEIGHBOURS = 3
 APART = 8  # frames between the two frames shown of a query
 LIMIT, GAIN = 4.0, 4.0  # pixels in full colour; how much longer than the motion arrows are drawn
 FOUND, HALF, MISSED = "#1a7f37", "#c27c0e", "#c0392b"
+MARKS = {FOUND: "✓", HALF: "½", MISSED: "✗"}  # for those to whom the colours look alike
 
 
 def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
     """A row for each of a few queries, spread over the classes: two frames, the I-frame, the motion vectors as arrows
     and as colours, then for each network its nearest training videos, framed green where all of the label agrees,
-    amber where a part of it does, red where nothing does."""
+    amber where one part of context/motion does, red where nothing does."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -55,13 +56,16 @@ def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
                 neighbour = int(retrieval.gallery[retrieval.order[q, place]])
                 mine, theirs = _name(classes, shards.label[query[q]]), _name(classes, shards.label[neighbour])
                 axes = figure.add_subplot(grid[line, column])
-                _show(axes, _apart(shards, neighbour)[3], theirs, _verdict(mine, theirs))
+                colour = _verdict(mine, theirs)
+                _show(axes, _apart(shards, neighbour)[3], f"{MARKS[colour]} {theirs}", colour)
                 if line == 0 and place == places // 2:
                     axes.annotate(
                         f"nearest videos, {name}", (0.5, 1), (0, 20), "axes fraction", "offset points",
                         ha="center", size=10, weight="bold",
                     )  # fmt: skip
-    legend = "neighbours framed green: the query's label; amber: a part of it; red: no part of it"
+    green, amber = f"{MARKS[FOUND]} green: as the query", f"{MARKS[HALF]} amber: its context or its motion"
+    in_parts = "motion" in labellings(classes)
+    legend = "; ".join([green, *([amber] if in_parts else []), f"{MARKS[MISSED]} red: another class"])
     figure.text(0.99, 1 - 0.04 / figure.get_figheight(), legend, ha="right", va="top", size=8, color="#444444")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
@@ -80,8 +84,9 @@ def _name(classes: list[str], label: int) -> str:
 
 
 def _verdict(mine: str, theirs: str) -> str:
-    same = [a == b for a, b in zip(mine.split("/"), theirs.split("/"))]
-    return FOUND if mine == theirs else HALF if any(same) else MISSED
+    parts = mine.split("/"), theirs.split("/")
+    half = len(parts[0]) == len(parts[1]) == 2 and any(a == b for a, b in zip(*parts))
+    return FOUND if mine == theirs else HALF if half else MISSED
 
 
 def _apart(shards: ShardSet, video: int) -> list[np.ndarray]:

@@ -195,8 +195,8 @@ def test_the_verdict_by_hand() -> None:
     assert stated(0, 0, 0).limit("motion") == pytest.approx(16.7 + 3 * (0.167 * 0.833 / 360) ** 0.5 * 100)
     found = stated(70.8, 55.3, 15.8, (12.5, 53.1))
     assert diagnose.verdict(found).splitlines() == [
-        "knows context: yes (70.8 against chance 16.7, which luck may raise to 22.6)",
-        "knows motion: yes (55.3 against chance 16.7, which luck may raise to 22.6)",
+        "knows context: yes (70.8; chance 16.7, which luck may raise to 22.6)",
+        "knows motion: yes (55.3; chance 16.7, which luck may raise to 22.6; frozen clips, which have none: 15.8)",
         "loses context when frozen: no (70.8 -> 70.8)",
         "loses motion when frozen: yes (55.3 -> 15.8)",
         "loses motion when shuffled: in part (55.3 -> 25.0)",

@@ -18,6 +18,8 @@ import torch
 from conftest import ROOT, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
@@ -296,6 +298,35 @@ def test_the_picture_shows_queries_and_neighbours(tiny: Tiny, tmp_path: Path, pl
     assert height == pytest.approx(100 * (4 * (1.9 * 92 / 112 + 0.32) + 0.9), abs=2)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_neighbours_are_marked_by_what_they_share_with_their_query(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    drawn: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, out: drawn.append(figure) or save(figure, out))
+    shards = ShardSet(tiny[0])
+    if plain:
+        monkeypatch.setattr(ShardSet, "classes", ["Lunges", "JumpingJack", "Archery", "TaiChi"])
+    # Labels of the tiny videos: a/right, b/right, a/left, b/left, and again. Every query finds the first three.
+    found = Retrieval(np.arange(12, 16), np.arange(12), np.tile(np.arange(3), (4, 1)), {})
+    gallery.draw(shards, {"mine": found}, tmp_path / "picture.png")
+    (figure,) = drawn
+    said = {a.get_title() for a in figure.axes} - {""}
+    legend = figure.texts[0].get_text()
+    if plain:  # numbers of a/left, a/right, b/left, b/right in the alphabet's order
+        assert said == {
+            *(f"query: {c}" for c in ShardSet.classes),  # type: ignore[attr-defined]
+            *(f"{mark} {c}" for mark in "✓✗" for c in ("JumpingJack", "TaiChi", "Lunges")),
+        }
+        assert "½" not in legend and "another class" in legend
+    else:
+        assert {"✓ a/left", "½ a/left", "✗ a/left", "query: b/right"} <= said and "½" in legend
+    for axes in figure.axes:
+        colour = {"✓": gallery.FOUND, "½": gallery.HALF, "✗": gallery.MISSED}.get(axes.get_title()[:1], "#444444")
+        assert axes.spines["left"].get_edgecolor() == to_rgba(colour)
+
+
 def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["python -m eval", *map(str, arguments)])
     monkeypatch.chdir(ROOT)
@@ -303,10 +334,12 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_retrieve_prints_its_protocol_and_stores_the_number(
-    tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--shards", tiny[0], "--manifest", tiny[1], "--device", "cpu", "--workers", "0"]
-    assert evaluate(monkeypatch, "retrieve", "--run", run, "--network", "motion", *options) == 0
+    picture = tmp_path / "gallery.png"
+    asked = ["--run", run, "--network", "motion", "--picture", picture]
+    assert evaluate(monkeypatch, "retrieve", *asked, *options) == 0 and picture.exists()
     said = capsys.readouterr().out
     assert said.startswith("8 queries, 12 in the gallery; M-Network, 10 evenly spread clips")
     stored = json.loads(Path(said.split("stored in ")[1].strip()).read_text())
