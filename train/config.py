@@ -207,6 +207,8 @@ class Runtime:
     """Steps between checkpoints; one is also saved after each epoch."""
     keep_epochs: tuple[int, ...] = ()
     """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50 120)."""
+    tensorboard: bool = False
+    """Write metrics and pictures of augmented clips for TensorBoard into OUT/tensorboard (the extra 'watch')."""
 
     def __post_init__(self) -> None:
         for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_steps", 1)):

@@ -96,6 +96,11 @@ def train(
         metrics = runs.Metrics(out / "metrics.jsonl", step)
     line: dict[str, Any] = metrics.last if main else {}
     stop = Flag(signal.SIGTERM)
+    watch = None
+    if main and runtime.tensorboard:
+        from train.watch import Watch  # an extra
+
+        watch = Watch(out, step)
     batches = iter(loader)
     waited, since, first = 0.0, time.monotonic(), step
     model.train()
@@ -110,6 +115,8 @@ def train(
                 group["lr"] = rate
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             inputs = task.inputs(batch)
+            if watch and step % sampler.steps == 0:
+                watch.clips(step + 1, inputs)
             with torch.autocast(device.type, torch.bfloat16, enabled=runtime.precision == "bfloat16"):
                 loss, found = task.loss(network, inputs, batch)
             optimiser.zero_grad(set_to_none=True)
@@ -139,6 +146,8 @@ def train(
                 pending = []
                 if main:
                     metrics.write(line)
+                    if watch:
+                        watch.metrics(line)
                     bar.set_postfix_str(dense(line))
                     if bar.disable and end_of_epoch:  # not a terminal: a line an epoch for the log
                         print(dense(line), flush=True)
@@ -153,6 +162,8 @@ def train(
                 raise Terminated(f"saved at step {step} of {total}; the same command goes on from there")
             if writing:
                 waited, since, first = 0.0, time.monotonic(), step  # the time to save counts for no line
+    if watch:
+        watch.close()
     return line
 
 
