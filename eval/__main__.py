@@ -11,9 +11,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from preprocess.manifest import Manifest
+    from preprocess.shards import ShardSet
 
 DONE, ERROR, INTERRUPTED = 0, 1, 130
 
@@ -42,13 +46,11 @@ def retrieve(
     """
     from eval import features, gallery, rows
     from eval import retrieve as retrieval
-    from preprocess.manifest import Manifest, dataset_name
-    from preprocess.shards import ShardSet
 
-    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    table, shard_set, dataset = _data(shards, manifest)
     loaded = features.load_run(run, weights)
     found = retrieval.retrieve(loaded, shard_set, table, network, device=device, workers=workers)
-    origin = rows.about(loaded, shard_set, table, dataset_name(manifest))
+    origin = rows.about(loaded, shard_set, table, dataset)
     path = rows.write(run, origin | retrieval.row(found, loaded.config, network))
     name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
     print(
@@ -83,10 +85,8 @@ def classify(
     """
     from eval import classify as recognition
     from eval import features, rows
-    from preprocess.manifest import Manifest, dataset_name
-    from preprocess.shards import ShardSet
 
-    table, shard_set, dataset = Manifest.read(manifest), ShardSet(shards), dataset_name(manifest)
+    table, shard_set, dataset = _data(shards, manifest)
     loaded = features.load_run(run, weights)
     found = recognition.classify(loaded, shard_set, table, device=device, workers=workers)
     origin = rows.about(loaded, shard_set, table, dataset)
@@ -127,15 +127,13 @@ def probe(
     from eval import features, rows
     from eval import probe as probing
     from eval import retrieve as retrieval
-    from preprocess.manifest import Manifest, dataset_name
-    from preprocess.shards import ShardSet
 
-    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    table, shard_set, dataset = _data(shards, manifest)
     found, stored = {}, []
     for folder in runs:
         loaded = features.load_run(folder, weights)
         found[str(folder)] = probing.probe(loaded, shard_set, table, network, device=device, workers=workers)
-        origin = rows.about(loaded, shard_set, table, dataset_name(manifest))
+        origin = rows.about(loaded, shard_set, table, dataset)
         for row in probing.found_rows(found[str(folder)], loaded.config, network):
             stored.append(rows.write(folder, origin | row))
     print(f"k=: {probing.VOTE}\nlinear: {probing.LINEAR}")
@@ -185,14 +183,12 @@ def diagnose(
     """
     from eval import diagnose as diagnosis
     from eval import features, rows
-    from preprocess.manifest import Manifest, dataset_name
-    from preprocess.shards import ShardSet
     from train.config import Config, Pretraining
     from train.draws import Sampling
 
     if (run is None) == (not module):
         raise ValueError("give a network to diagnose: --run RUN, or --module package.module:factory, and not both")
-    table, shard_set, dataset = Manifest.read(manifest), ShardSet(shards), dataset_name(manifest)
+    table, shard_set, dataset = _data(shards, manifest)
     if run is None:
         t, step, side = (usual if v is None else v for usual, v in ((16, frames), (1, stride), (112, size)))
         config: Config = Pretraining(sampling=Sampling(frames=t, stride=step), size=side)
@@ -245,13 +241,11 @@ def features(
         workers: Processes that decode.
     """
     from eval import features, rows
-    from preprocess.manifest import Manifest, dataset_name
-    from preprocess.shards import ShardSet
 
-    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    table, shard_set, dataset = _data(shards, manifest)
     loaded = features.load_run(run, weights)
     found, label, video = features.video_features(loaded, shard_set, table, network, device=device, workers=workers)
-    about = rows.about(loaded, shard_set, table, dataset_name(manifest))
+    about = rows.about(loaded, shard_set, table, dataset)
     about |= {"network": network, "protocol": features.protocol(loaded.config, network)}
     features.store(out, found, label, video, shard_set, table, about)
     print(f"{len(found)} features of {found.shape[1]} numbers in {out}; {about['protocol']}")
@@ -278,10 +272,8 @@ def compare(
     """
     from eval import features, gallery, rows
     from eval import retrieve as retrieval
-    from preprocess.manifest import Manifest, dataset_name
-    from preprocess.shards import ShardSet
 
-    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    table, shard_set, dataset = _data(shards, manifest)
     # By their folders' names where these differ, else by their paths.
     names = [r.resolve().name for r in runs]
     names = [str(r) for r in runs] if len({*names, "untrained"}) <= len(runs) else names
@@ -289,7 +281,7 @@ def compare(
     for name, folder, weights in [("untrained", runs[0], "initial"), *((n, r, "last") for n, r in zip(names, runs))]:
         loaded = features.load_run(folder, weights)
         found[name] = retrieval.retrieve(loaded, shard_set, table, device=device, workers=workers)
-        origin = rows.about(loaded, shard_set, table, dataset_name(manifest))
+        origin = rows.about(loaded, shard_set, table, dataset)
         rows.write(folder, origin | retrieval.row(found[name], loaded.config, "video"))
     print(retrieval.table({name: f.recalls for name, f in found.items()}, (1,)))
     chance = retrieval.chance(shard_set, table)
@@ -319,14 +311,12 @@ def pretext(
     """
     from eval import features, rows
     from eval import pretext as tasks
-    from preprocess.manifest import Manifest, dataset_name
-    from preprocess.shards import ShardSet
 
-    table, shard_set = Manifest.read(manifest), ShardSet(shards)
+    table, shard_set, dataset = _data(shards, manifest)
     loaded = features.load_run(run, weights)
     found = tasks.pretext(loaded, shard_set, table, device=device, workers=workers)
     what = {"kind": "pretext", "network": "video", "videos": found.videos, "metrics": found.metrics}
-    origin = rows.about(loaded, shard_set, table, dataset_name(manifest))
+    origin = rows.about(loaded, shard_set, table, dataset)
     path = rows.write(run, origin | what | {"protocol": tasks.protocol(loaded)})
     print(f"{found.videos} test videos, {found.left} left over; {tasks.protocol(loaded)}")
     for name, value in found.metrics.items():
@@ -418,6 +408,14 @@ def _results(
         raise ValueError(f"there is no folder {runs}: name the folder of runs with --runs, or rows with --results")
     found = rows.read([*([runs] if runs.exists() else []), *results])
     return rows.check(found, rendering.known_manifests(found))
+
+
+def _data(shards: Path, manifest: Path) -> tuple[Manifest, ShardSet, str]:
+    """The manifest, the shards, and the data set's name in results."""
+    from preprocess.manifest import Manifest, dataset_name
+    from preprocess.shards import ShardSet
+
+    return Manifest.read(manifest), ShardSet(shards), dataset_name(manifest)
 
 
 def main() -> int:
