@@ -338,7 +338,7 @@ def draw(found: Diagnosis, title: str, out: Path) -> Path:
         label = "chance" if group == 0 else "_"  # one entry in the legend
         axes.hlines(found.chance[name], group - 0.45, group + 0.45, "black", "dashed", linewidth=1, label=label)
     axes.set_xticks(range(len(names)), [TICKS[n] for n in names], size=8)
-    axes.set_ylim(0, 112)
+    axes.set_ylim(0, 130)  # the legend lies above the highest bar
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("nearest neighbours, %", size=8)
     axes.tick_params(axis="y", labelsize=7)
