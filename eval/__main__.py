@@ -11,9 +11,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+from eval.publish import report, tables
 
 if TYPE_CHECKING:
     from preprocess.manifest import Manifest
@@ -325,91 +327,6 @@ def pretext(
     return DONE
 
 
-def tables(
-    out: Path = Path("tables"),
-    runs: Path = Path("runs"),
-    results: tuple[Path, ...] = (),
-    export: Path | None = None,
-    plan: bool = False,
-    run: bool = False,
-    slurm: Path | None = None,
-    only: tuple[str, ...] = (),
-    data: tuple[str, ...] = (),
-    seeds: tuple[int, ...] = (0,),
-    training: str = "",
-    evaluation: str = "",
-) -> int:
-    """Tables 1 to 9 and those of the small experiments: paper, ours, difference, as Markdown, CSV and plots.
-
-    With --plan, --run or --slurm, also the runs that they miss: a training once for all cells that need it, each
-    before what follows from it.
-
-    Args:
-        out: Folder for tables.md, tables.csv and the plots.
-        runs: Folder of runs, whose results are read at any depth, and where --run and --slurm put theirs.
-        results: More folders of runs, and CSV files that --export wrote.
-        export: CSV to write with every row that went in, a line a metric.
-        plan: Only list the runs that are missing, each as its command, with its hours.
-        run: Carry them out here one after another, then write the tables; the same command goes on after any kill.
-        slurm: Folder to write SLURM job arrays to, and submit.sh, which queues them.
-        only: Tables to plan or run: 1 to 9, scenes, small. All of the nine unless told otherwise.
-        data: Data sets at hand, each as NAME=SHARDS:MANIFEST; NAME is ucf101, hmdb51, k400, scenes or small.
-        seeds: Seeds to run.
-        training: Further flags of every training: --training="--precision bfloat16".
-        evaluation: Further flags of every evaluation: --evaluation="--workers 8".
-    """
-    import shlex
-
-    from eval import execute, rows
-    from eval import plan as planning
-    from eval import tables as rendering
-    from eval.cells import NINE
-
-    if plan + run + bool(slurm) > 1:
-        raise ValueError("--plan, --run and --slurm exclude each other")
-    status, wanted = DONE, only or NINE
-    at_hand = [planning.Data.parse(text) for text in data]
-
-    def missing() -> list[planning.Job]:
-        flags = shlex.split(training), shlex.split(evaluation)
-        return planning.make(wanted, seeds, at_hand, _results(runs, results, False)[0], runs, *flags)
-
-    if plan:
-        print(execute.describe(missing()))
-        return DONE
-    if slurm:
-        levels = execute.slurm(missing(), slurm)
-        print(f"wrote {slurm}/submit.sh, which queues {len(levels)} arrays of {', '.join(str(len(x)) for x in levels)}")
-        return DONE
-    if run:
-        status = execute.run(missing, runs)
-    if status not in (DONE, execute.FAILURES):
-        return status
-    found, refused = _results(runs, results, not run)
-    if export:
-        rows.export(found, export)
-        print(f"wrote {export}")
-    made = rendering.build(found)
-    for path in rendering.write(made, refused, out):
-        print(f"wrote {path}")
-    for row, reason in refused:
-        print(f"left out: {row['file']}: {reason}", file=sys.stderr)
-    return status
-
-
-def _results(
-    runs: Path, results: tuple[Path, ...], needed: bool = True
-) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
-    """(sound rows, the others with the reasons) of everything named; ValueError where that is nothing and `needed`."""
-    from eval import rows
-    from eval import tables as rendering
-
-    if needed and not results and not runs.exists():
-        raise ValueError(f"there is no folder {runs}: name the folder of runs with --runs, or rows with --results")
-    found = rows.read([*([runs] if runs.exists() else []), *results])
-    return rows.check(found, rendering.known_manifests(found))
-
-
 def _data(shards: Path, manifest: Path) -> tuple[Manifest, ShardSet, str]:
     """The manifest, the shards, and the data set's name in results."""
     from preprocess.manifest import Manifest, dataset_name
@@ -428,6 +345,7 @@ def main() -> int:
         "compare": compare,
         "pretext": pretext,
         "tables": tables,
+        "report": report,
     }
     try:
         status = tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__)

@@ -29,7 +29,7 @@ def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
         raise ValueError("the picture needs matplotlib: pip install '.[eval]'") from error
     names, classes = list(found), shards.classes
     query = found[names[0]].query
-    chosen = _spread(shards.label[query], QUERIES)
+    chosen = spread(shards.label[query], QUERIES)
     columns = 5 + len(names) * NEIGHBOURS
     settings = shards.settings
     high = 1.9 * settings.frame_height / settings.frame_width + 0.32
@@ -44,7 +44,7 @@ def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
         pictures = _apart(shards, int(query[q]))
         for column, picture in enumerate(pictures):
             axes = figure.add_subplot(grid[line, column])
-            caption = f"query: {_name(classes, shards.label[query[q]])}" if column == 0 else ""
+            caption = f"query: {label_name(classes, shards.label[query[q]])}" if column == 0 else ""
             _show(axes, picture, caption, "#444444")
             if line == 0:
                 axes.annotate(heads[column], (0.5, 1), (0, 20), "axes fraction", "offset points", ha="center", size=10)
@@ -54,9 +54,9 @@ def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
             for place in range(places):
                 column = 5 + group * (NEIGHBOURS + 1) + 1 + place
                 neighbour = int(retrieval.gallery[retrieval.order[q, place]])
-                mine, theirs = _name(classes, shards.label[query[q]]), _name(classes, shards.label[neighbour])
+                mine, theirs = label_name(classes, shards.label[query[q]]), label_name(classes, shards.label[neighbour])
                 axes = figure.add_subplot(grid[line, column])
-                colour = _verdict(mine, theirs)
+                colour = verdict(mine, theirs)
                 _show(axes, _apart(shards, neighbour)[3], f"{MARKS[colour]} {theirs}", colour)
                 if line == 0 and place == places // 2:
                     axes.annotate(
@@ -72,18 +72,19 @@ def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
     return out
 
 
-def _spread(labels: np.ndarray, count: int) -> list[int]:
+def spread(labels: np.ndarray, count: int) -> list[int]:
     """One query of each of `count` classes, spread over all of them and off the diagonal of context x motion."""
     classes = np.unique(labels)
     wanted = classes[np.unique(np.linspace(0, len(classes) - 1, count).astype(int))]
     return [int(np.flatnonzero(labels == c)[0]) for c in wanted]
 
 
-def _name(classes: list[str], label: int) -> str:
+def label_name(classes: list[str], label: int) -> str:
     return classes[label] if label >= 0 else "unlabelled"
 
 
-def _verdict(mine: str, theirs: str) -> str:
+def verdict(mine: str, theirs: str) -> str:
+    """The colour of a neighbour's frame, for a query labelled `mine`: FOUND, HALF or MISSED."""
     parts = mine.split("/"), theirs.split("/")
     half = len(parts[0]) == len(parts[1]) == 2 and any(a == b for a, b in zip(*parts))
     return FOUND if mine == theirs else HALF if half else MISSED

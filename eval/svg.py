@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 340
-LEFT, RIGHT, TOP, BOTTOM = 52, 18, 46, 46
+LEFT, RIGHT, BOTTOM = 52, 18, 46
+LEGEND = 18  # height of a line of it
 COLOURS = 6
 STYLE = """
 .chart { --c0:#2563eb; --c1:#d9480f; --c2:#0f8a5f; --c3:#9333ea; --c4:#b45309; --c5:#64748b;
@@ -24,6 +25,7 @@ STYLE = """
 @dataclass(frozen=True)
 class Series:
     name: str
+    """Empty of a line that is of the same thing as another."""
     points: Sequence[tuple[float, float, float]]
     """(x, y, half the length of the error bar), by rising x."""
     colour: int
@@ -40,6 +42,8 @@ def chart(
     highs = [y + e for s in series for _, y, e in s.points]
     low_x, high_x = (min(xs), max(xs)) if xs else (0.0, 1.0)
     high_x = high_x if high_x > low_x else low_x + 1
+    places, rows = _legend(series)
+    top = 28 + LEGEND * rows
     step = _step(max(highs, default=1.0))
     high_y = step * max(1, math.ceil(max(highs, default=1.0) / step - 1e-9))
 
@@ -48,7 +52,7 @@ def chart(
         return f"{LEFT + (WIDTH - LEFT - RIGHT) * (b - a) / (c - a):.1f}"
 
     def down(y: float) -> str:
-        return f"{HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y / high_y:.1f}"
+        return f"{HEIGHT - BOTTOM - (HEIGHT - top - BOTTOM) * y / high_y:.1f}"
 
     out = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for value in (number * step for number in range(round(high_y / step) + 1)):
@@ -58,13 +62,14 @@ def chart(
     for x in ticks or _ticks(low_x, high_x):
         out.append(f'<text x="{across(x)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
     out.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{escape(x_label)}</text>')
-    out.append(f'<text x="8" y="{TOP - 14}">{escape(y_label)}</text>')
-    legend = 8
-    for s in series:
+    out.append(f'<text x="8" y="{top - 14}">{escape(y_label)}</text>')
+    for s, (start, line) in zip(series, places):
         colour, kind = s.colour % COLOURS, "line dashed" if s.dashed else "line"
-        out.append(f'<line class="{kind} k{colour}" x1="{legend}" x2="{legend + 22}" y1="11" y2="11"/>')
-        out.append(f'<text class="name" x="{legend + 28}" y="15">{escape(s.name)}</text>')
-        legend += 44 + round(6.4 * len(s.name))
+        if s.name:
+            out.append(
+                f'<line class="{kind} k{colour}" x1="{start}" x2="{start + 22}" y1="{line - 4}" y2="{line - 4}"/>'
+            )
+            out.append(f'<text class="name" x="{start + 28}" y="{line}">{escape(s.name)}</text>')
         path = " ".join(f"{across(x)},{down(y)}" for x, y, _ in s.points)
         out.append(f'<polyline class="{kind} k{colour}" points="{path}"/>')
         for x, y, e in s.points:
@@ -76,6 +81,18 @@ def chart(
                 dot = f'<circle class="d{colour}" cx="{across(x)}" cy="{down(y)}" r="{2.5 if s.dashed else 3.5}">'
                 out.append(f"{dot}<title>{escape(text)}</title></circle>")
     return "\n".join([*out, "</svg>\n"])
+
+
+def _legend(series: Sequence[Series]) -> tuple[list[tuple[int, int]], int]:
+    """(places of the names, as many lines as they take)."""
+    places, x, y = [], 8, 15
+    for s in series:
+        width = 44 + round(6.6 * len(s.name)) if s.name else 0
+        if x > 8 and x + width > WIDTH:
+            x, y = 8, y + LEGEND
+        places.append((x, y))
+        x += width
+    return places, (y - 15) // LEGEND + 1
 
 
 def standalone(svg: str) -> str:

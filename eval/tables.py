@@ -130,19 +130,21 @@ def _table(
 
 def markdown(table: Table) -> str:
     """Three lines a row of ours (paper, ours, difference), one a row of others."""
-    lines = [f"### {table.heading}", "", "| | | " + " | ".join(table.columns) + " |"]
-    lines.append("|---|---|" + "---:|" * len(table.columns))
+    nine = table.name in NINE
+    lines = [f"### {table.heading}", "", "| " * (1 + nine) + "| " + " | ".join(table.columns) + " |"]
+    lines.append("|---|" + "---|" * nine + "---:|" * len(table.columns))
     for row in table.rows:
         entries = [table.at(row, c) for c in table.columns]
         parts = []
-        if table.name in NINE:
+        if nine:
             parts.append(("paper", [e.paper or ("–" if e.note else "") for e in entries]))
         if table.ours(row):
             parts.append(("ours", [str(e.value) if e.value else NOT_RUN if e.cell else "" for e in entries]))
         if any(e.difference for e in entries):
             parts.append(("difference", [e.difference for e in entries]))
         for number, (what, texts) in enumerate(parts):
-            lines.append(f"| {row if number == 0 else ''} | {what} | " + " | ".join(texts) + " |")
+            kind = f"{what} | " if nine else ""
+            lines.append(f"| {row if number == 0 else ''} | {kind}" + " | ".join(texts) + " |")
     notes: dict[str, list[str]] = {}
     for (row, column), e in table.entries.items():
         if e.note and e.paper:
