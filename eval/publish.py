@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eval.rows import Row, check, read
 from eval.rows import export as export_csv
+
+if TYPE_CHECKING:
+    from eval.plan import Data
 
 DONE = 0
 
@@ -57,7 +62,7 @@ def tables(
 
     def missing() -> list[planning.Job]:
         flags = shlex.split(training), shlex.split(evaluation)
-        return planning.make(wanted, seeds, at_hand, _results(runs, results, False)[0], runs, *flags)
+        return planning.make(wanted, seeds, at_hand, _results(runs, results, at_hand, False)[0], runs, *flags)
 
     if plan:
         print(execute.describe(missing()))
@@ -70,7 +75,7 @@ def tables(
         status = execute.run(missing, runs)
     if status not in (DONE, execute.FAILURES):
         return status
-    found, refused = _results(runs, results, not run)
+    found, refused = _results(runs, results, at_hand, not run)
     if export:
         export_csv(found, export)
         print(f"wrote {export}")
@@ -140,11 +145,18 @@ def report(
     return DONE
 
 
-def _results(runs: Path, results: tuple[Path, ...], needed: bool = True) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """(sound rows, the others with the reasons) of everything named; ValueError where that is nothing and `needed`."""
+def _results(
+    runs: Path, results: tuple[Path, ...], at_hand: Sequence[Data] = (), needed: bool = True
+) -> tuple[list[Row], list[tuple[Row, str]]]:
+    """(sound rows, the others with the reasons) of everything named, beside the committed manifests and the data at
+    hand; ValueError where nothing is named that exists, and that is `needed`."""
     from eval import tables as rendering
+    from preprocess.manifest import Manifest
+    from preprocess.shards import ShardSet
 
     if needed and not results and not runs.exists():
         raise ValueError(f"there is no folder {runs}: name the folder of runs with --runs, or rows with --results")
     found = read([*([runs] if runs.exists() else []), *results])
-    return check(found, rendering.known_manifests(found))
+    manifests = rendering.known_manifests(found) | {d.dataset: Manifest.read(d.manifest).sha256 for d in at_hand}
+    made = {d.dataset: ShardSet(d.shards).sha256() for d in at_hand if d.shards.exists()}
+    return check(found, manifests, made)

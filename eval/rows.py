@@ -124,12 +124,14 @@ def read(sources: Iterable[Path]) -> list[Row]:
     return found
 
 
-def check(found: Sequence[Row], manifests: Mapping[str, str] | None = None) -> tuple[list[Row], list[tuple[Row, str]]]:
+def check(
+    found: Sequence[Row], manifests: Mapping[str, str] | None = None, shards: Mapping[str, str] | None = None
+) -> tuple[list[Row], list[tuple[Row, str]]]:
     """(rows that may stand in one table, the others each with the reason).
 
     A row is left out where it is damaged; where its settings are not its recipe's or not its run's; where its weights
-    have been replaced since; where its data are not those of `manifests` (name -> hash) or, with data sets that are not
-    there, not those of most rows. The same row read twice counts once.
+    have been replaced since; where its data are not those of `manifests` and `shards` (name of the data set -> hash)
+    or, with data sets that are not there, not those of most rows. The same row read twice counts once.
     """
     from train.recipes import RECIPES
 
@@ -144,7 +146,8 @@ def check(found: Sequence[Row], manifests: Mapping[str, str] | None = None) -> t
     kept = list(sound.values())
     for reasons in (
         _replaced,
-        lambda rows: _other_manifest(rows, manifests or {}),
+        lambda rows: _other(rows, manifests or {}, "manifest_sha256"),
+        lambda rows: _other(rows, shards or {}, "shards_sha256"),
         lambda rows: _minority(rows, "manifest_sha256", "dataset"),
         lambda rows: _minority(rows, "shards_sha256", "dataset"),
         lambda rows: _minority(rows, "training_sha256", "trained_on"),
@@ -232,6 +235,8 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _settings(row: Row, recipes: Mapping[str, Any]) -> str:
+    if row["weights"] == "given":  # of another program's network, which has no recipe and fills no table
+        return ""
     recipe = recipes.get(row["recipe"])
     if recipe is None:
         return f"no recipe is called {row['recipe']!r}"
@@ -265,11 +270,12 @@ def _replaced(found: Sequence[Row]) -> dict[str, str]:
     }
 
 
-def _other_manifest(found: Sequence[Row], known: Mapping[str, str]) -> dict[str, str]:
+def _other(found: Sequence[Row], known: Mapping[str, str], key: str) -> dict[str, str]:
+    """Rows whose `key` is not that of their data set at hand."""
     return {
-        row["id"]: f"its manifest (manifest_sha256) is not data_manifests/{row['dataset']}.csv"
+        row["id"]: f"its {key} is {row[key][:8]}, that of {row['dataset']} at hand {known[row['dataset']][:8]}"
         for row in found
-        if row["manifest_sha256"] != known.get(row["dataset"], row["manifest_sha256"])
+        if row[key] != known.get(row["dataset"], row[key])
     }
 
 

@@ -20,7 +20,9 @@ from eval import __main__ as command
 from eval import execute, plan
 from eval.cells import NINE
 from eval.plan import Data, Job, Training
-from train import cost
+from train import __main__ as training
+from train import checkpoint, cost, loop
+from train.recipes import RECIPES
 
 Tiny = tuple[Path, Path]
 MANIFESTS = ROOT / "data_manifests"
@@ -100,6 +102,29 @@ def test_commands_say_everything_that_a_job_is(tmp_path: Path) -> None:
     place = jobs[name].command.index("--pretrained") + 1
     assert jobs[name].command[place] == str(tmp_path / "pretrain-ucf101-r2plus1d26-s4")
     assert jobs[name].command[place - 6 : place - 1] == ("1", "5", "10", "20", "50")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pretrain-ucf101-c3d-s4",
+        "scratch-hmdb51-r3d26-s4",
+        "finetune-ucf101-r2plus1d26-from-pretrain-ucf101-r2plus1d26-s4",
+    ],
+)
+def test_training_understands_the_commands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(loop, "train", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(checkpoint, "load_pretrained", lambda folder, _: folder)
+    jobs = {j.name: j for j in planned(("2", "7"), tmp_path, seeds=[4], training=["--precision", "bfloat16"])}
+    command_line = jobs[name].command
+    assert training.run(list(command_line[1:])) == 0
+    ((config, runtime, shards, table, out, origin),) = asked
+    assert config == RECIPES[command_line[1]].config.changed({"seed": 4})
+    assert runtime.precision == "bfloat16" and set(table.subsets) == {"train"} and origin.recipe == command_line[1]
+    assert (shards, out) == ((HMDB51 if "hmdb51" in name else UCF101).shards, tmp_path / name)
+    assert runtime.keep_epochs == (() if "hmdb51" in name else (1, 5, 10, 20, 50))
+    assert origin.pretrained == (tmp_path / "pretrain-ucf101-r2plus1d26-s4" if "from" in name else None)
 
 
 def test_what_has_a_row_is_not_planned(tmp_path: Path) -> None:

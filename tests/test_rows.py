@@ -201,7 +201,18 @@ def test_a_known_manifest_decides_alone(tmp_path: Path) -> None:
     found = read_back(tmp_path, example(), example(seed=1), example(seed=2, manifest_sha256="cd" * 32))
     known = {"manifest": "cd" * 32}
     assert [row["seed"] for row in sound(found, manifests=known)] == [2]
-    assert all("is not data_manifests/manifest.csv" in why for why in reasons(found, manifests=known))
+    assert reasons(found, manifests=known) == ["its manifest_sha256 is abababab, that of manifest at hand cdcdcdcd"] * 2
+
+
+def test_shards_at_hand_decide_alone(tmp_path: Path) -> None:
+    found = read_back(tmp_path, example(), example(seed=1), example(seed=2, shards_sha256="cd" * 32))
+    assert [row["seed"] for row in sound(found, shards={"manifest": "cd" * 32})] == [2]
+    assert [row["seed"] for row in sound(found, shards={"other": "cd" * 32})] == [0, 1]
+
+
+def test_other_programs_networks_need_no_recipe(tmp_path: Path) -> None:
+    found = read_back(tmp_path, example("gone", kind="diagnosis", weights="given"))
+    assert len(sound(found)) == 1
 
 
 def test_replaced_weights_are_named(tmp_path: Path) -> None:
