@@ -157,8 +157,8 @@ add(
     ),
 )
 # Stride 1 keeps the sprites' step below half a wavelength of their texture. The scenes move steadily, so further
-# windows of a video look much like the right one, and one of them is enough. The context task is learned first; alpha
-# 0.9 leaves room for the motion task, which lags as in table 7.
+# windows of a video look much like the right one, and one of them is enough. The context task is learned first, and the
+# motion task lags as in table 7; of the balances below, alpha 0.95 leaves it room whatever the seed.
 add(
     "scenes",
     "Beside the paper: the embedded scenes of `make demo`, which cross context with motion.",
@@ -168,7 +168,7 @@ add(
             "photometric.blur_p": 0.0,
             "photometric.grey_p": 0.0,
             "photometric.hue": 0.0,
-            "objective.alpha": 0.9,
+            "objective.alpha": 0.95,
             "optimiser.lr_per_sample": 3e-5,
             "batch_size": 32,
             "epochs": 60,
@@ -181,7 +181,7 @@ for base in ("small", "scenes"):
     vary(base, "motion", "Beside the paper, as in table 4: motion prediction alone.", {"objective.alpha": 1.0})
     vary(base, "current", "Beside the paper, as in table 1: the clip's own motion.", {"sampling.period": "current"})
     vary(base, "mse", "Beside the paper, as in table 1: mean squared error.", {"objective.motion_loss": "mse"})
-for percent in (50, 80, 95):
+for percent in (50, 80, 90):
     vary(
         "scenes",
         f"alpha{percent}",
