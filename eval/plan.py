@@ -246,9 +246,16 @@ class _Planner:
     def _training_hours(self, run: Training) -> tuple[float, bool]:
         """(hours of the whole training, whether they were measured)."""
         videos = self._videos(trained_on(run.recipe))[0]
-        alike = [k for r, k in self.known.items() if r.recipe == run.recipe and k.rate]
-        if alike:
-            return run.config.epochs * videos / statistics.median(k.rate for k in alike) / 3600, True
+        rates = [k.rate for r, k in self.known.items() if k.rate and r.recipe == run.recipe]
+        if not rates:  # the next best: runs of the same networks, by how much more or less a clip costs in them
+            mine = cost.flops_per_clip(run.config)
+            rates = [
+                k.rate * cost.flops_per_clip(r.config) / mine
+                for r, k in self.known.items()
+                if k.rate and (r.config.networks, r.config.size) == (run.config.networks, run.config.size)
+            ]
+        if rates:
+            return run.config.epochs * videos / statistics.median(rates) / 3600, True
         return cost.gpu_hours(run.config, videos), False
 
     def _videos(self, name: str) -> tuple[int, int]:

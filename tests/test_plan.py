@@ -32,8 +32,9 @@ HMDB51 = Data("hmdb51", Path("shards/hmdb51"), MANIFESTS / "hmdb51_split1.csv")
 
 @pytest.fixture(autouse=True)
 def quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the slow count of operations: an hour for a million clips."""
+    """A stand-in for the slow count of operations: an hour for a million clips, and mean squared error is cheap."""
     monkeypatch.setattr(cost, "gpu_hours", lambda config, videos: config.epochs * videos / 1e6)
+    monkeypatch.setattr(cost, "flops_per_clip", lambda config: 1e9 if "mse" in config.to_json() else 4e9)
 
 
 def planned(tables: tuple[str, ...], folder: Path, **options: Any) -> list[Job]:
@@ -161,6 +162,8 @@ def test_runs_that_are_there_are_used(tmp_path: Path) -> None:
     assert c3d.name not in jobs and jobs[f"{c3d.name} retrieve ucf101 video last"].command[3] == str(tmp_path / "mine")
     assert jobs[mse.name].measured and not jobs["pretrain-ucf101-c3d-convgru-s0"].measured
     assert jobs[mse.name].hours == pytest.approx(30 * 9537 / 500 / 3600)
+    current = jobs["pretrain-ucf101-c3d-current-s0"]  # the same networks, four times as much work a clip
+    assert current.measured and current.hours == pytest.approx(120 * 9537 / (500 / 4) / 3600)
     assert jobs["pretrain-ucf101-c3d-convgru-s0"].hours == pytest.approx(120 * 9537 / 1e6)
     # Ten clips of 9537 + 3783 videos, at a third of what a clip costs in training.
     assert jobs[f"{mse.name} retrieve ucf101 video last"].hours == pytest.approx(13320 * 10 / 3 / 500 / 3600)
