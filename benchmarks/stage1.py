@@ -273,7 +273,7 @@ def run_limit(video: str, out: Path) -> int:
         encoder = target.add_stream("mpeg4", rate=25)
         encoder.width, encoder.height, encoder.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         encoder.codec_context.thread_count, encoder.codec_context.gop_size = 1, GOP
-        quality = {"flags": "+qscale", "global_quality": str(QUANTISER * LAMBDA), "sc_threshold": "1000000000"}
+        quality = {"flags": "+qscale+bitexact", "global_quality": str(QUANTISER * LAMBDA), "sc_threshold": "1000000000"}
         encoder.codec_context.options = quality
         for number, frame in enumerate(source.decode(video=0)):
             picture = scaler.reformat(frame, WIDTH, HEIGHT, "yuv420p", threads=1)

@@ -77,6 +77,7 @@ def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 
                 "global_quality": str(settings.quantiser * LAMBDA),
                 "sc_threshold": str(NEVER),
             }
+            tick = Fraction(1) / rate
             scaler = VideoReformatter()  # one a stream: one a frame is five times slower and grows memory
             for frame in _decode(container, stream, tally):
                 if not count:
@@ -84,7 +85,7 @@ def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 
                     if frame.rotation % 180:
                         height, width = width, height
                 picture = _stretch(frame, scaler, settings.width, settings.height)
-                picture.pts, picture.time_base, picture.pict_type = count, Fraction(1) / rate, PictureType.NONE
+                picture.pts, picture.time_base, picture.pict_type = count, tick, PictureType.NONE
                 output.mux(encoder.encode(picture))
                 count += 1
             if count:
@@ -134,7 +135,10 @@ def _stretch(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height:
     is_709 = frame.colorspace == Colorspace.ITU709 or (untagged and frame.height > TALLEST_SD)
     colours = {"src_colorspace": Colorspace.ITU709, "dst_colorspace": Colorspace.ITU601} if is_709 else {}
     if not quarter_turns:
-        return scaler.reformat(frame, width, height, "yuv420p", dst_color_range=ColorRange.MPEG, **colours)
+        kept = frame.format.name, frame.width, frame.height, frame.color_range == ColorRange.JPEG, is_709
+        if kept == ("yuv420p", width, height, False, False):
+            return frame  # nothing to do, which the scaler does not see where the source does not name its range
+        return scaler.reformat(frame, width, height, "yuv420p", dst_color_range=ColorRange.MPEG, threads=1, **colours)
     if quarter_turns % 2:
         width, height = height, width
     planes = scaler.reformat(

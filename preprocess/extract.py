@@ -1,114 +1,117 @@
-"""Encoded MPEG-4 stream -> motion grids (mvextractor) and JPEGs of frames and I-frames (PyAV, simplejpeg)."""
+"""Encoded MPEG-4 stream -> motion grids and JPEGs of frames and I-frames, in one pass (PyAV, simplejpeg)."""
 
 from __future__ import annotations
 
-import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import av
 import numpy as np
 import simplejpeg
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import ColorRange, VideoReformatter
-from mvextractor.videocap import VideoCap
 
 from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings
 
-# Columns of mvextractor's array, FFmpeg's AVMotionVector.
-SOURCE, WIDTH, HEIGHT, DST_X, DST_Y, MOTION_X, MOTION_Y, SCALE = 0, 1, 2, 5, 6, 7, 8, 9
+# FFmpeg's AVMotionVector. PyAV's own way to an array builds this type anew for every frame, which takes longer.
+RECORD = np.dtype(
+    [
+        *(("source", "i4"), ("w", "u1"), ("h", "u1"), ("src_x", "i2"), ("src_y", "i2"), ("dst_x", "i2")),
+        *(("dst_y", "i2"), ("flags", "u8"), ("motion_x", "i4"), ("motion_y", "i4"), ("motion_scale", "u2")),
+    ],
+    align=True,
+)
+OURS = {"source": -1, "w": MACROBLOCK, "h": MACROBLOCK, "motion_scale": 2}
+"""What is the same in all vectors of our encoder: from the previous frame, of whole macroblocks, half-pixel."""
 
 
-class Pictures(NamedTuple):
-    """JPEG bytes of one frame; `iframe` only where the frame is intra-coded."""
+class Group(NamedTuple):
+    """A group of pictures: an I-frame and the P-frames (n - 1 of them) that follow."""
 
-    frame: bytes
-    iframe: bytes | None
-
-
-def motion(path: str, settings: Settings) -> Iterator[tuple[bool, np.ndarray]]:
-    """(is I-frame, grid) of every frame; grid int16 (rows, cols, 2) as `preprocess.shards` defines it."""
-    capture = VideoCap()
-    # Vectors come several times faster when no picture is converted.
-    capture.set_decode_frames(False)
-    with _one_core_in_sight():
-        opened = capture.open(path)
-    if not opened:
-        raise ValueError("mvextractor cannot open the encoded stream")
-    try:
-        while True:
-            ok, _, vectors, kind = capture.read()
-            if not ok:  # the end, or an error: the caller counts frames
-                return
-            yield kind == "I", grid(vectors, settings)
-    finally:
-        capture.release()
+    frames: list[bytes]
+    """JPEG of each frame at the size of the stored frames."""
+    iframe: bytes
+    """JPEG of the first at the encoded size."""
+    motion: np.ndarray
+    """int16 (n, rows, cols, 2), as `preprocess.shards` defines it."""
 
 
-@contextmanager
-def _one_core_in_sight() -> Iterator[None]:
-    """While a stream is opened, show mvextractor one core: it starts a decoder thread for each (up to 16) it sees.
+def groups(path: str, settings: Settings) -> Iterator[Group]:
+    """Every group of pictures of an encoded stream. Raises ValueError where it is not what our encoder makes.
 
-    It asks the C library, which from glibc 2.35 on reads a file of the kernel's and only failing that the set of cores
-    this process may use. So that set shrinks to one core, and the limit on open files leaves room for the stream alone.
+    Vectors are turned into grids a group at a time: of single frames, what numpy costs a call would outweigh the rest.
     """
-    cores, (soft, hard) = os.sched_getaffinity(0), resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.open(os.devnull, os.O_RDONLY)
-    os.close(free)
-    try:
-        os.sched_setaffinity(0, {min(cores)})
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        # Threads inherit the set. With a C library that was not misled there are some, of every worker on one core.
-        for thread in os.listdir("/proc/self/task"):
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread), cores)
+    small, full = VideoReformatter(), VideoReformatter()
+    frames: list[bytes] = []
+    records: list[bytes] = []
+    iframe = b""
+    for number, (frame, vectors) in enumerate(decoded(path)):
+        if frame.key_frame != (number % settings.gop == 0):
+            raise ValueError(f"frame {number} of the encoded stream breaks the group of {settings.gop}")
+        if frame.key_frame:
+            if frames:
+                yield Group(frames, iframe, grids(records, settings))
+            frames, records = [], []
+            iframe = _jpeg(frame, full, settings.width, settings.height, settings.jpeg_quality)
+        frames.append(_jpeg(frame, small, settings.frame_width, settings.frame_height, settings.jpeg_quality))
+        records.append(vectors)
+    if frames:
+        yield Group(frames, iframe, grids(records, settings))
 
 
-def grid(vectors: np.ndarray, settings: Settings) -> np.ndarray:
-    """Vectors (N, 10) of one frame -> int16 (rows, cols, 2), quarter pixels, content from previous frame to this one.
+def decoded(path: str) -> Iterator[tuple[av.VideoFrame, bytes]]:
+    """Every frame of an encoded stream and its motion vectors, one RECORD each; an I-frame has none."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"flags2": "+export_mvs"}
+        for frame in container.decode(stream):
+            # Not frame.side_data: it ties frame and side data into a cycle, so that frames by the dozen wait for the
+            # garbage collector, and every new one is fresh memory. That takes a third of the time that decoding takes.
+            vectors = SideDataContainer(frame).get("MOTION_VECTORS")
+            yield frame, b"" if vectors is None else bytes(vectors)
+
+
+def grids(records: Sequence[bytes], settings: Settings) -> np.ndarray:
+    """Vectors of n frames -> int16 (n, rows, cols, 2), quarter pixels, content from the previous frame to this one.
 
     FFmpeg's record points from this block back to its reference in units of 1/scale pixel, hence the sign; its dst is
     the block's centre. Its src is truncated to whole pixels and not used. Raises ValueError on anything our encoder
     does not make: other block sizes, other references, a second vector for a block.
     """
-    cells = np.full((*settings.grid, 2), INTRA, np.int16)
-    if not len(vectors):
-        return cells
-    if not (
-        (vectors[:, SOURCE] == -1).all()
-        and (vectors[:, WIDTH] == MACROBLOCK).all()
-        and (vectors[:, HEIGHT] == MACROBLOCK).all()
-        and (vectors[:, SCALE] == 2).all()
-    ):
+    cells = np.full((len(records), *settings.grid, 2), INTRA, np.int16)
+    vectors = np.frombuffer(b"".join(records), RECORD)
+    if not all((vectors[name] == value).all() for name, value in OURS.items()):
         raise ValueError("the encoded stream has vectors that are not half-pixel, 16x16 and from the previous frame")
-    rows, cols = vectors[:, DST_Y] // MACROBLOCK, vectors[:, DST_X] // MACROBLOCK
-    cells[rows, cols] = vectors[:, [MOTION_X, MOTION_Y]] * (-QUARTERS // 2)
+    frame = np.repeat(np.arange(len(records)), [len(r) // RECORD.itemsize for r in records])
+    row, column = (vectors[name] // MACROBLOCK for name in ("dst_y", "dst_x"))
+    cell = np.ravel_multi_index((frame, row, column), cells.shape[:3])  # one index is several times faster than three
+    for axis, name in enumerate(("motion_x", "motion_y")):
+        cells.reshape(-1, 2)[cell, axis] = vectors[name] * (-QUARTERS // 2)
     if np.count_nonzero(cells[..., 0] != INTRA) != len(vectors):
         raise ValueError("the encoded stream has two vectors for one block")
     return cells
 
 
-def pictures(path: str, settings: Settings) -> Iterator[Pictures]:
-    """JPEGs of every frame, from the YUV planes; I-frames in addition at the encoded size."""
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        small, full = VideoReformatter(), VideoReformatter()
-        for frame in container.decode(stream):
-            iframe = _jpeg(frame, full, settings.width, settings.height, settings) if frame.key_frame else None
-            yield Pictures(_jpeg(frame, small, settings.frame_width, settings.frame_height, settings), iframe)
+def _jpeg(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: int, quality: int) -> bytes:
+    """A frame of the encoded stream as JPEG of another size, from its YUV planes."""
+    return compress(shrink(frame, scaler, width, height), quality)
 
 
-def _jpeg(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: int, settings: Settings) -> bytes:
-    # MPEG-4 is limited-range YUV, JPEG full-range.
-    picture = scaler.reformat(
-        frame, width, height, "yuvj420p", src_color_range=ColorRange.MPEG, dst_color_range=ColorRange.JPEG
+def shrink(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: int) -> av.VideoFrame:
+    """Scale, and stretch the range: MPEG-4 is limited-range YUV, JPEG full-range."""
+    return scaler.reformat(
+        frame,
+        width,
+        height,
+        "yuvj420p",
+        src_color_range=ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+        threads=1,  # else it starts threads, which take longer than the scaling
     )
-    planes = [
-        np.frombuffer(memoryview(p), np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in picture.planes
-    ]
-    return simplejpeg.encode_jpeg_yuv_planes(*planes, settings.jpeg_quality)
+
+
+def compress(picture: av.VideoFrame, quality: int) -> bytes:
+    """JPEG of a full-range yuv420p picture; nothing is converted."""
+    planes = [np.ndarray((p.height, p.width), np.uint8, p, strides=(p.line_size, 1)) for p in picture.planes]
+    return simplejpeg.encode_jpeg_yuv_planes(*planes, quality)

@@ -31,7 +31,7 @@ from preprocess.writer import Spool, Video, write_shard
 Backend = Literal["processes", "dask"]
 
 # Every library whose version can change a shard's bytes.
-LIBRARIES = ("av", "motion-vector-extractor", "simplejpeg", "h5py", "numpy")
+LIBRARIES = ("av", "simplejpeg", "h5py", "numpy")
 FLOW_LIBRARIES = ("scikit-image", "scipy")
 POLL_SECONDS = 0.5
 

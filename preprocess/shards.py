@@ -41,6 +41,7 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,8 @@ VERSION = 1
 MACROBLOCK = 16
 QUARTERS = 4  # motion is stored in quarter pixels
 INTRA = -32768
-COPY_BYTES = 1 << 24
+COPY_BYTES = 1 << 20  # what fits into a core's cache is copied and hashed faster than what does not
+VERIFY_ITEMS = 512  # pictures or grids that are looked at before their part of the file is let go
 
 SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "videos/row": ("int64", ("n",)),
@@ -196,6 +198,7 @@ class Shard:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._columns: dict[str, np.ndarray] = {}
+        self._mapped: mmap.mmap | None = None
         try:
             with h5py.File(self.path, "r") as f:
                 self._read_attributes(f)
@@ -275,7 +278,7 @@ class Shard:
         """A column of the schema, mapped."""
         if not self._columns:
             with open(self.path, "rb") as f:
-                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = self._mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
             for key, (dtype, shape, offset) in self._layout.items():
                 count = math.prod(shape)
                 flat = np.frombuffer(mapped, dtype, count, offset) if count else np.empty(0, dtype)
@@ -283,7 +286,13 @@ class Shard:
         return self._columns[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_columns": {}}  # the map is made anew where the shard is unpickled
+        # The map is made anew where the shard is unpickled.
+        return self.__dict__ | {"_columns": {}, "_mapped": None}
+
+    def release(self) -> None:
+        """Let go of the memory that was read through the map; what is read again comes from the file again."""
+        if self._mapped is not None:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def __len__(self) -> int:
         return len(self["videos/row"])
@@ -346,29 +355,42 @@ def verify(shard: Shard) -> list[str]:
     expected = [np.arange(s, s + n, shard.settings.gop) for s, n in zip(starts, lengths.tolist())]
     if not np.array_equal(np.concatenate([*expected, np.empty(0, np.int64)]), shard.iframe_frame):
         problems.append(f"I-frames are not exactly every {shard.settings.gop} frames")
-    elif not (shard.motion[shard.iframe_frame] == INTRA).all():
+    elif not all((shard.motion[shard.iframe_frame[s]] == INTRA).all() for s in _slices(shard, "iframes")):
         problems.append("an I-frame carries motion vectors")
     if shard.settings.flow:
         ends = shard.frame_offset[1:].tolist()
         if not (shard.flow[starts] == INTRA).all():
             problems.append("a video's first frame carries optical flow")
-        if any(shard.flow[s + 1 : e].min(initial=0) == INTRA for s, e in zip(starts, ends)):
+        if any(_lacks_flow(shard, s + 1, e) for s, e in zip(starts, ends)):
             problems.append("a later frame of a video lacks optical flow")
     for kind in ("frames", "iframes"):
         data, offset = shard[f"{kind}/jpeg"], shard[f"{kind}/jpeg_offset"]
-        if len(offset) == 1:
-            continue
-        first, last = offset[:-1], offset[1:]
-        if (last - first < 4).any():
+        if (np.diff(offset) < 4).any():
             problems.append(f"{kind}/jpeg holds an empty image")
-        elif not (
-            (data[first] == 0xFF).all()
-            and (data[first + 1] == 0xD8).all()
-            and (data[last - 2] == 0xFF).all()
-            and (data[last - 1] == 0xD9).all()
-        ):
+        elif not all(_are_jpegs(data, offset[s.start : s.stop + 1]) for s in _slices(shard, kind)):
             problems.append(f"{kind}/jpeg holds bytes that do not begin and end as a JPEG")
     return [f"{shard.path}: {p}" for p in problems]
+
+
+def _slices(shard: Shard, kind: str) -> Iterator[slice]:
+    """All frames or I-frames, some at a time; what was read of the file leaves memory after each."""
+    count = len(shard[f"{kind}/jpeg_offset"]) - 1
+    for start in range(0, count, VERIFY_ITEMS):
+        yield slice(start, min(start + VERIFY_ITEMS, count))
+        shard.release()
+
+
+def _lacks_flow(shard: Shard, start: int, end: int) -> bool:
+    lacks = bool(shard.flow[start:end].min(initial=0) == INTRA)
+    shard.release()
+    return lacks
+
+
+def _are_jpegs(data: np.ndarray, offset: np.ndarray) -> bool:
+    """Whether each of the pictures that lie between the offsets begins and ends as a JPEG."""
+    first, last = offset[:-1], offset[1:]
+    marks = ((first, 0xFF), (first + 1, 0xD8), (last - 2, 0xFF), (last - 1, 0xD9))
+    return all((data[at] == mark).all() for at, mark in marks)
 
 
 class ShardSet:

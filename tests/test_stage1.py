@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -34,52 +34,55 @@ def side_data(stream: Path) -> Iterator[tuple[str, np.ndarray | None]]:
             yield av.video.frame.PictureType(frame.pict_type).name, None if data is None else data.to_ndarray()
 
 
-def naive_grid(vectors: np.ndarray | None, rows: int, cols: int) -> np.ndarray:
-    """The motion grid vector by vector, in plain arithmetic: where content went, in quarter pixels."""
+def naive_grid(vectors: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """The motion grid from mvextractor's columns, vector by vector, in plain arithmetic: where content went."""
     cells = np.full((rows, cols, 2), INTRA, np.int64)
-    for vector in [] if vectors is None else vectors:
+    for _, _, _, _, _, dst_x, dst_y, motion_x, motion_y, scale in vectors.tolist():
         # The record points back to the reference, in units of 1/scale pixel; dst is the centre of a 16x16 block.
-        column, row = (int(vector["dst_x"]) - 8) / 16, (int(vector["dst_y"]) - 8) / 16
+        column, row = (dst_x - 8) / 16, (dst_y - 8) / 16
         assert column == int(column) and row == int(row)
-        dx, dy = (Fraction(-int(vector[f"motion_{axis}"]), int(vector["motion_scale"])) for axis in "xy")
-        cells[int(row), int(column)] = 4 * dx, 4 * dy
+        cells[int(row), int(column)] = [4 * Fraction(-motion, scale) for motion in (motion_x, motion_y)]
     return cells
 
 
+def motion(stream: Path, settings: Settings) -> np.ndarray:
+    """The grids of all frames, as stage 1 makes them: (T, rows, cols, 2)."""
+    return np.concatenate([group.motion for group in extract.groups(str(stream), settings)])
+
+
 def compare_motion(source: Path, folder: Path, settings: Settings) -> int:
-    """Hold both readers of the encoded stream against each other; returns how many vectors were compared."""
+    """Hold stage 1 against mvextractor, and that against PyAV's own array; returns how many vectors were compared."""
     stream = folder / "encoded.nut"
     encoded = encode.encode(str(source), str(stream), settings)
     capture = VideoCap()
     capture.set_decode_frames(False)
     assert capture.open(str(stream))
-    grids = extract.motion(str(stream), settings)
+    grids = motion(stream, settings)
+    assert len(grids) == encoded.frames and grids.dtype == np.int16
     compared = frames = 0
     for kind, expected in islice(side_data(stream), COMPARED_FRAMES):
         ok, _, raw, raw_kind = capture.read()
-        is_iframe, cells = next(grids)
-        assert ok and kind == raw_kind and is_iframe == (kind == "I")
+        assert ok and kind == raw_kind == ("P" if frames % settings.gop else "I")
         assert len(raw) == (0 if expected is None else len(expected))
         if expected is not None:
             names = ["source", "w", "h", "src_x", "src_y", "dst_x", "dst_y", "motion_x", "motion_y", "motion_scale"]
             np.testing.assert_array_equal(raw, np.stack([expected[n].astype(np.int64) for n in names], axis=1))
-        np.testing.assert_array_equal(cells, naive_grid(expected, *settings.grid))
+        np.testing.assert_array_equal(grids[frames], naive_grid(raw, *settings.grid))
         compared += len(raw)
         frames += 1
     assert frames == min(COMPARED_FRAMES, encoded.frames)
-    assert sum(1 for _ in grids) == encoded.frames - frames
     return compared
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_motion_equals_the_side_data_of_another_reader_on_real_clips(
+def test_motion_equals_what_another_reader_finds_on_real_clips(
     name: str, real_clips: list[Path], tmp_path: Path
 ) -> None:
     clip = next(c for c in real_clips if c.name.startswith(name))
     assert compare_motion(clip, tmp_path, Settings()) > 5000
 
 
-def test_motion_equals_the_side_data_on_a_moving_sprite(tmp_path: Path) -> None:
+def test_motion_equals_what_another_reader_finds_on_a_moving_sprite(tmp_path: Path) -> None:
     frames = np.repeat(panned(1, height=112, width=176), 40, axis=0)
     sprite = panned(1, height=32, width=32, seed=1)[0]
     for t, frame in enumerate(frames):
@@ -108,7 +111,7 @@ def test_white_noise_does_not_yield_its_motion(tmp_path: Path) -> None:
         write_video(tmp_path / f"{name}.mkv", frames, "ffv1", {"level": "3"})
         stream = tmp_path / "encoded.nut"
         encode.encode(str(tmp_path / f"{name}.mkv"), str(stream), SMALL)
-        interior = np.stack([m for is_iframe, m in extract.motion(str(stream), SMALL) if not is_iframe])[:, 1:-1, 1:-1]
+        interior = np.delete(motion(stream, SMALL), np.s_[::12], axis=0)[:, 1:-1, 1:-1]  # P-frames
         uniform[name] = float((interior == (12, -8)).all(axis=-1).mean())
     assert uniform["smooth"] == 1 and uniform["noise"] < 0.9
 
@@ -258,46 +261,52 @@ def threads() -> int:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: there are no extra threads to prevent")
-def test_reading_motion_starts_no_threads_and_gives_the_cores_back(tmp_path: Path) -> None:
-    stream = tmp_path / "encoded.nut"
-    encode.encode(str(write_video(tmp_path / "a.mp4", panned(5, height=96, width=128))), str(stream), SMALL)
-    cores, before, files_allowed = os.sched_getaffinity(0), threads(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    reader = extract.motion(str(stream), SMALL)
-    next(reader)
-    assert threads() == before
-    assert os.sched_getaffinity(0) == cores and resource.getrlimit(resource.RLIMIT_NOFILE) == files_allowed
-    reader.close()
-    capture = VideoCap()  # what happens without the measure
-    assert capture.open(str(stream)) and capture.read()[0]
+def test_neither_encoding_nor_reading_starts_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_video(tmp_path / "a.mp4", panned(5, height=144, width=176))
+    before, seen = threads(), []
+    for module, name in (encode, "_stretch"), (extract, "grids"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real: (real(*a), seen.append(threads()))[0])
+    codec.convert(str(source), Spool(tmp_path), SMALL)
+    assert seen == [before] * 6  # five frames scaled, one group read
+    capture = VideoCap()  # what a reader does that is not told otherwise
+    encode.encode(str(source), str(tmp_path / "encoded.nut"), SMALL)
+    assert capture.open(str(tmp_path / "encoded.nut")) and capture.read()[0]
     assert threads() > before
-    assert all(os.sched_getaffinity(int(t)) == cores for t in os.listdir("/proc/self/task"))
     capture.release()
-    with pytest.raises(ValueError, match="cannot open"):
-        next(extract.motion(str(tmp_path / "none"), SMALL))
-    assert os.sched_getaffinity(0) == cores
 
 
 def test_a_broken_group_of_pictures_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_video(tmp_path / "a.mp4", panned(14, height=96, width=128))
-    maps = list(extract.motion(str(_encoded(source, tmp_path)), SMALL))
-    for change, words in (maps[:-1], "13 maps"), ([*maps[:3], maps[0], *maps[4:]], "breaks the group"):
-        monkeypatch.setattr(extract, "motion", lambda *_, change=change: iter(change))
-        with pytest.raises(ValueError, match=words):
+    whole, real = extract.decoded, encode.encode
+    monkeypatch.setattr(extract, "decoded", lambda path: list(whole(path))[:-1])
+    with pytest.raises(ValueError, match="14 frames encoded, 13 read back"):
+        codec.convert(str(source), Spool(tmp_path), SMALL)
+    monkeypatch.undo()
+    for gop, frame in (5, 5), (13, 12):  # an I-frame too early, one too late
+        monkeypatch.setattr(encode, "encode", lambda a, b, s, gop=gop: real(a, b, replace(s, gop=gop)))
+        with pytest.raises(ValueError, match=f"frame {frame} of the encoded stream breaks the group of 12"):
             codec.convert(str(source), Spool(tmp_path), SMALL)
 
 
-def _encoded(source: Path, folder: Path) -> Path:
-    encode.encode(str(source), str(folder / "encoded.nut"), SMALL)
-    return folder / "encoded.nut"
+VECTOR = {"source": -1, "w": 16, "h": 16, "dst_x": 24, "dst_y": 24, "motion_scale": 2}
 
 
-@pytest.mark.parametrize("column, value", [(0, 1), (0, -2), (1, 8), (2, 8), (9, 4)])
-def test_vectors_our_encoder_does_not_make_are_refused(column: int, value: int) -> None:
-    vector = np.array([[-1, 16, 16, 24, 24, 24, 24, 0, 0, 2]])
-    assert (extract.grid(vector, SMALL)[1, 1] == 0).all()
-    changed = vector.copy()
-    changed[0, column] = value
-    with pytest.raises(ValueError, match="half-pixel, 16x16"):
-        extract.grid(changed, SMALL)
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        *(("source", 1, "half-pixel, 16x16"), ("source", -2, "half-pixel, 16x16"), ("w", 8, "half-pixel, 16x16")),
+        *(("h", 8, "half-pixel, 16x16"), ("motion_scale", 4, "half-pixel, 16x16")),
+        *(("dst_x", 136, "invalid entry"), ("dst_y", -8, "invalid entry")),
+    ],
+)
+def test_vectors_our_encoder_does_not_make_are_refused(field: str, value: int, words: str) -> None:
+    vector = np.zeros(1, extract.RECORD)
+    for name, usual in VECTOR.items():
+        vector[name] = usual
+    assert (extract.grids([b"", vector.tobytes()], SMALL)[1, 1, 1] == 0).all()
     with pytest.raises(ValueError, match="two vectors"):
-        extract.grid(np.repeat(vector, 2, axis=0), SMALL)
+        extract.grids([2 * vector.tobytes()], SMALL)
+    vector[field] = value
+    with pytest.raises(ValueError, match=words):
+        extract.grids([vector.tobytes()], SMALL)
