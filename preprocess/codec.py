@@ -55,7 +55,8 @@ def convert(
         # The stream lies in a file without a name: whatever happens to this process, nothing is left behind.
         stream = f"/proc/self/fd/{unlinked.fileno()}"
         encoded = encode.encode(source, stream, settings)
-        frame_bytes, iframe_bytes = [], []
+        frame_bytes: list[int] = []
+        iframe_bytes: list[int] = []
         names = ("frames", "iframes", "motion")
         with ExitStack() as files:
             frames, iframes, motion = (files.enter_context(open(spool.path(name), "ab")) for name in names)
