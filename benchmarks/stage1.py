@@ -1,10 +1,12 @@
 """python -m benchmarks.stage1 --clips FOLDER_OR_FILE...
 
-Takes three to four minutes on two idle CPU cores (--quick: half of one) and ends with four Markdown tables: speed on
-every source, scaling to two workers, peak memory over the number of videos, and what Kinetics-400 takes on 64 cores.
+Takes about four minutes on two idle CPU cores (--quick: half of one) and ends with five Markdown tables: speed on every
+source, where ours goes, scaling to two workers, peak memory over the number of videos, and what Kinetics-400 takes on
+64 cores.
 Three ways through the same clips, each a process of its own, in turns (limit usual ours limit usual ours ...):
 
-limit   decode, scale to 340x256, encode as MPEG-4, decode again with motion vectors exported; one thread, nothing else
+limit   decode, scale to 340x256, encode as MPEG-4, decode again with motion vectors exported; one thread, encoder and
+        scaler set as ours are, nothing else
 usual   ffmpeg's command line as CoViAR runs it, then mvextractor: of every frame a JPEG file and a .npy file of vectors
 ours    preprocess.pipeline.run, from the manifest to verified shards and their checksums
 
@@ -13,6 +15,8 @@ are repeated under other names until --frames frames run (a quarter of that wher
 process costs before its first frame (interpreter, imports, the codec subprocess that every shard starts) is measured in
 the same turns on a video of one frame and taken off; a column shows it for ours. Figures are medians over the turns and
 ratios medians of each turn's. Clips are grouped by codec: UCF101 comes in Xvid, HMDB51 in DivX, Kinetics in H.264.
+The phases of ours are measured in one process, with a clock around the functions that make them up; what a real run
+takes beyond their sum (two processes, the pipe, progress, and the clocks' error) is the row "processes".
 """
 
 from __future__ import annotations
@@ -28,19 +32,17 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.video.frame import PictureType
-from av.video.reformatter import VideoReformatter
+
+from benchmarks.stage1_cases import HEIGHT, LIMIT_PHASES, OUR_PHASES, WIDTH, run_case
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS = Path("../shared/data/clips")  # seen from the repository's root
 WAYS = ("limit", "usual", "ours")
-WIDTH, HEIGHT, GOP, QUANTISER, LAMBDA = 340, 256, 12, 2, 118
 HIGH_DEFINITION = 576  # lines; taller clips are a source of their own: decoding them outweighs all the rest
 NAMES = {"XVID": "Xvid", "DX50": "DivX", "DIVX": "DivX", "AVC1": "H.264", "H264": "H.264"}
 SHARD_VIDEOS, CORES = 128, 64
@@ -52,6 +54,14 @@ class Clip(NamedTuple):
 
     path: Path
     frames: int
+
+
+class Cost(NamedTuple):
+    """What one source takes: frames a CPU-second, limit's and ours, and bytes of a shard a frame."""
+
+    limit: float
+    ours: float
+    size: float
 
 
 class Result(NamedTuple):
@@ -88,6 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="context-motion-") as folder:
         empty = one_frame(Path(folder) / "one.avi")
         costs = speed(sources, empty, options.repeats, options.frames)
+        where(sources, costs, options.repeats, options.frames)
         scaling(next(iter(sources.values())), empty, options.repeats, options.frames)
         shortest = min((c for clips in sources.values() for c in clips), key=lambda c: c.frames)
         memory(shortest, (1, 2, 4) if options.quick else (4, 16, 64))
@@ -127,15 +138,14 @@ def one_frame(path: Path) -> Clip:
 # The tables
 
 
-def speed(sources: dict[str, list[Clip]], empty: Clip, repeats: int, frames: int) -> dict[str, tuple[float, float]]:
-    """The first table; returns ours of each source: frames a CPU-second and bytes a frame."""
+def speed(sources: dict[str, list[Clip]], empty: Clip, repeats: int, frames: int) -> dict[str, Cost]:
+    """The first table; returns what each source takes."""
     ways = [w for w in WAYS if w != "usual" or shutil.which("ffmpeg")]
     runs: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for _ in range(repeats):
         for source, clips in {"": [empty], **sources}.items():
-            wanted = 1 if not source else frames // 4 if "lines" in source else frames
             for way in ways:
-                runs[source, way].append(measure(way, repeated(clips, wanted), 1))
+                runs[source, way].append(measure(way, repeated(clips, share(source, frames)), 1))
     start = {way: start_up(runs["", way]) for way in ways}
     print("Frames per CPU-second (and, in parentheses, per second), one worker\n")
     print("| source | clips | limit | usual | ours | ours / limit | ours / usual | start-up of ours, CPU s |")
@@ -151,14 +161,37 @@ def speed(sources: dict[str, list[Clip]], empty: Clip, repeats: int, frames: int
             f"{start['ours'].cpu:.2f} |"
         )
         last = runs[source, "ours"][-1]
-        costs[source] = (median(cpu["ours"]), last.size / last.frames)
-    typical = SHARD_VIDEOS * KINETICS_FRAMES / median([rate for rate, _ in costs.values()])
+        costs[source] = Cost(median(cpu["limit"]), median(cpu["ours"]), last.size / last.frames)
+    typical = SHARD_VIDEOS * KINETICS_FRAMES / median([cost.ours for cost in costs.values()])
     print(f"\nThat start-up is {start['ours'].cpu / typical:.1%} of a shard of {SHARD_VIDEOS} videos of ten seconds.\n")
     return costs
 
 
+def where(sources: dict[str, list[Clip]], costs: dict[str, Cost], repeats: int, frames: int) -> None:
+    """The second table: where the time of ours goes."""
+    spent = {}
+    for source, clips in sources.items():
+        runs = []
+        for _ in range(repeats):
+            ((answer,), _, _) = run("phases", repeated(clips, share(source, frames)), 1)
+            runs.append({phase: 1e6 * s / answer["frames"] for phase, s in answer["phases"].items()})
+        spent[source] = {phase: median([r[phase] for r in runs]) for phase in (*LIMIT_PHASES, *OUR_PHASES)}
+    print("Microseconds of CPU time a frame: where ours goes\n")
+    print(f"| phase | {' | '.join(sources)} |")
+    print("|---|" + "---:|" * len(sources))
+    ours = {source: 1e6 / costs[source].ours for source in sources}
+    rows = {phase: [spent[s][phase] for s in sources] for phase in (*LIMIT_PHASES, *OUR_PHASES)}
+    rows["processes"] = [ours[s] - sum(spent[s].values()) for s in sources]
+    rows["ours, whole"] = list(ours.values())
+    rows["the first four, which the limit does too"] = [sum(spent[s][p] for p in LIMIT_PHASES) for s in sources]
+    rows["limit, whole"] = [1e6 / costs[s].limit for s in sources]
+    for name, values in rows.items():
+        print(f"| {name} | {' | '.join(f'{v:.0f}' for v in values)} |")
+    print()
+
+
 def scaling(clips: list[Clip], empty: Clip, repeats: int, frames: int) -> None:
-    """The second table: two at once against one, ours and two independent processes of the limit."""
+    """The third table: two at once against one, ours and two independent processes of the limit."""
     runs: dict[tuple[str, int, bool], list[Result]] = defaultdict(list)
     cases = [(way, n) for n in (1, 2) for way in ("limit", "ours")]
     for _ in range(repeats):
@@ -183,7 +216,7 @@ def scaling(clips: list[Clip], empty: Clip, repeats: int, frames: int) -> None:
 
 
 def memory(clip: Clip, counts: tuple[int, ...]) -> None:
-    """The third table: the same clip under more and more names, all in one shard."""
+    """The fourth table: the same clip under more and more names, all in one shard."""
     print(f"Peak memory (resident, MB) of a worker, a clip of {clip.frames} frames under so many names, one shard\n")
     print("| videos | frames | shard | worker | codec subprocess |")
     print("|" + "---:|" * 5)
@@ -194,16 +227,21 @@ def memory(clip: Clip, counts: tuple[int, ...]) -> None:
     print()
 
 
-def kinetics(costs: dict[str, tuple[float, float]]) -> None:
+def kinetics(costs: dict[str, Cost]) -> None:
     """The last table: what the measured figures make of Kinetics-400, were all of it like these clips."""
     frames = KINETICS_VIDEOS * KINETICS_FRAMES
     print(f"Kinetics-400, {KINETICS_VIDEOS:,} videos of {KINETICS_FRAMES} frames, on {CORES} such cores\n")
     print("| if all were like | frames per CPU-second | bytes a frame | hours | GB |")
     print("|---|" + "---:|" * 4)
-    for source, (rate, size) in costs.items():
+    for source, cost in costs.items():
         if source.startswith("H.264") or not any(s.startswith("H.264") for s in costs):
-            hours = frames / rate / CORES / 3600
-            print(f"| {source} | {rate:.0f} | {size:.0f} | {hours:.2f} | {frames * size / 1e9:.0f} |")
+            hours = frames / cost.ours / CORES / 3600
+            print(f"| {source} | {cost.ours:.0f} | {cost.size:.0f} | {hours:.2f} | {frames * cost.size / 1e9:.0f} |")
+
+
+def share(source: str, frames: int) -> int:
+    """How many frames of a source are run; of none, one."""
+    return 1 if not source else frames // 4 if "lines" in source else frames
 
 
 def repeated(clips: list[Clip], frames: int) -> list[Clip]:
@@ -225,6 +263,13 @@ def start_up(runs: list[Result]) -> Result:
 
 def measure(way: str, clips: list[Clip], workers: int) -> Result:
     """Run one way over the clips: `workers` processes, each over all of them, or ours with as many workers."""
+    answers, cpu, wall = run(way, clips, workers)
+    frames = sum(a.pop("frames") for a in answers)
+    return Result(frames, cpu, wall, **answers[0])
+
+
+def run(way: str, clips: list[Clip], workers: int) -> tuple[list[dict[str, Any]], float, float]:
+    """What each process answered, and the seconds of CPU and of wall time that all took."""
     with tempfile.TemporaryDirectory(prefix="context-motion-") as scratch:
         videos = Path(scratch) / "videos"
         videos.mkdir()
@@ -243,99 +288,15 @@ def measure(way: str, clips: list[Clip], workers: int) -> Result:
         if any(p.returncode for p in processes):
             raise RuntimeError(f"{way} failed with status {[p.returncode for p in processes]}; see above")
     answers = [json.loads(o) for o in outputs]
-    frames = sum(a.pop("frames") for a in answers)
+    frames = sum(a["frames"] for a in answers)
     print(f"{way} x {workers}: {frames} frames, {cpu:.2f} CPU s, {wall:.2f} s", file=sys.stderr, flush=True)
-    return Result(frames, cpu, wall, **answers[0])
+    return answers, cpu, wall
 
 
 def children_cpu() -> float:
     """User and system seconds of every descendant that has ended and been waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def run_case(way: str, scratch: Path, workers: int) -> dict[str, int]:
-    """In a process of its own: one way over scratch/videos."""
-    videos = sorted((scratch / "videos").iterdir())
-    if way == "ours":
-        return run_ours(scratch, len(videos) // workers, workers)
-    one = run_limit if way == "limit" else run_usual
-    with tempfile.TemporaryDirectory(dir=scratch) as out:
-        return {"frames": sum(one(str(v), Path(out)) for v in videos)}
-
-
-def run_limit(video: str, out: Path) -> int:
-    """Nothing but the codecs: what any re-encoding with motion vectors has to do."""
-    stream = str(out / "stream.nut")
-    scaler = VideoReformatter()
-    with av.open(video, metadata_errors="ignore") as source, av.open(stream, "w") as target:
-        source.streams.video[0].codec_context.thread_count = 1
-        encoder = target.add_stream("mpeg4", rate=25)
-        encoder.width, encoder.height, encoder.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        encoder.codec_context.thread_count, encoder.codec_context.gop_size = 1, GOP
-        quality = {"flags": "+qscale+bitexact", "global_quality": str(QUANTISER * LAMBDA), "sc_threshold": "1000000000"}
-        encoder.codec_context.options = quality
-        for number, frame in enumerate(source.decode(video=0)):
-            picture = scaler.reformat(frame, WIDTH, HEIGHT, "yuv420p", threads=1)
-            picture.pts, picture.time_base, picture.pict_type = number, Fraction(1, 25), PictureType.NONE
-            target.mux(encoder.encode(picture))
-        target.mux(encoder.encode())
-    with av.open(stream) as source:
-        context = source.streams.video[0].codec_context
-        context.thread_count, context.options = 1, {"flags2": "+export_mvs"}
-        return sum(1 for _ in source.decode(video=0))
-
-
-def run_usual(video: str, out: Path) -> int:
-    """The command line that CoViAR's preparation runs, then what an extraction script does with mvextractor."""
-    import cv2
-    from mvextractor.videocap import VideoCap
-
-    stream = out / "stream.mp4"
-    command = ["ffmpeg", "-v", "error", "-y", "-i", video, "-vf", f"scale={WIDTH}:{HEIGHT}", "-q:v", "1"]
-    subprocess.run([*command, "-c:v", "mpeg4", "-f", "rawvideo", str(stream)], check=True, stdin=subprocess.DEVNULL)
-    folder = Path(tempfile.mkdtemp(dir=out))
-    capture = VideoCap()
-    if not capture.open(str(stream)):
-        raise RuntimeError(f"mvextractor cannot open what ffmpeg made of {video}")
-    frames = 0
-    while True:
-        ok, frame, vectors, _ = capture.read()
-        if not ok:
-            capture.release()
-            return frames
-        cv2.imwrite(str(folder / f"frame-{frames}.jpg"), frame)
-        np.save(folder / f"mvs-{frames}.npy", vectors)
-        frames += 1
-
-
-def run_ours(scratch: Path, videos_per_shard: int, workers: int) -> dict[str, int]:
-    """The whole of stage 1. Equal shards, so that no worker waits for another at the end."""
-    from preprocess import pipeline
-    from preprocess.manifest import Manifest
-    from preprocess.shards import Settings
-
-    settings = Settings()
-    assert (settings.width, settings.height, settings.gop, settings.quantiser) == (WIDTH, HEIGHT, GOP, QUANTISER)
-    names = tuple(sorted(v.name for v in (scratch / "videos").iterdir()))
-    Manifest(names, ("",) * len(names), ("",) * len(names)).write(scratch / "manifest.csv")
-    summary = pipeline.run(
-        scratch / "manifest.csv",
-        scratch / "videos",
-        scratch / "shards",
-        settings,
-        workers=workers,
-        videos_per_shard=videos_per_shard,
-    )
-    if summary.failures:
-        raise RuntimeError(f"{len(summary.failures)} clips failed, the first with: {summary.failures[0].reason}")
-    return {
-        "frames": summary.frames,
-        "size": sum(p.stat().st_size for p in (scratch / "shards").glob("*.h5")),
-        # Kilobytes on Linux. With one worker that is this process, and its largest child is the codec.
-        "worker_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "codec_peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-    }
 
 
 if __name__ == "__main__":

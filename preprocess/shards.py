@@ -55,7 +55,7 @@ MACROBLOCK = 16
 QUARTERS = 4  # motion is stored in quarter pixels
 INTRA = -32768
 COPY_BYTES = 1 << 20  # what fits into a core's cache is copied and hashed faster than what does not
-VERIFY_ITEMS = 512  # pictures or grids that are looked at before their part of the file is let go
+VERIFY_ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
 
 SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "videos/row": ("int64", ("n",)),
