@@ -1,12 +1,18 @@
-"""The benchmarks of stage 2, and that of optical flow, run to their last table; how fast is not asked."""
+"""The benchmarks run to their last table, of stage 1 what it is made of; how fast is not asked."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, one_thread
+import pytest
+from conftest import ROOT, one_thread, panned, write_video
+
+from benchmarks.stage1_cases import LIMIT_PHASES, OUR_PHASES, run_limit
+from preprocess import encode
+from preprocess.shards import Settings
 
 
 def run(name: str, *options: str) -> list[list[str]]:
@@ -50,3 +56,23 @@ def test_flow(tiny: tuple[Path, Path]) -> None:
     # A pan of (3, -1) pixels, stretched from 176x144 to 340x256: every block moves but those of frame 0.
     assert 0 < int(row[4]) <= 2 * 16 * 22
     assert all(0 <= float(v) < 1 for v in row[5].split(",")) and all(0 <= float(v) < 15 for v in row[6].split(","))
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return write_video(tmp_path / "videos" / "clip.avi", panned(14, height=120, width=160), "mpeg4", {})
+
+
+def test_the_limit_of_stage_1_encodes_as_stage_1_does(clip: Path, tmp_path: Path) -> None:
+    assert run_limit(str(clip), tmp_path) == encode.encode(str(clip), str(tmp_path / "ours.nut"), Settings()).frames
+    assert (tmp_path / "stream.nut").read_bytes() == (tmp_path / "ours.nut").read_bytes()
+
+
+def test_the_phases_of_stage_1_make_up_the_whole(clip: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.stage1", "--case", "phases", str(tmp_path), "1"]
+    done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["frames"] == 14 and set(found["phases"]) == {*LIMIT_PHASES, *OUR_PHASES, "rest"}
+    assert all(found["phases"][name] > 0 for name in (*LIMIT_PHASES, *OUR_PHASES))
+    assert (tmp_path / "shard-00000.h5").exists()
