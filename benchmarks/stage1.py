@@ -1,9 +1,9 @@
 """python -m benchmarks.stage1 --clips FOLDER_OR_FILE...
 
-Takes about four minutes on two idle CPU cores (--quick: half of one) and ends with five Markdown tables: speed on every
+Takes about five minutes on two idle CPU cores (--quick: half of one) and ends with five Markdown tables: speed on every
 source, where ours goes, scaling to two workers, peak memory over the number of videos, and what Kinetics-400 takes on
 64 cores.
-Three ways through the same clips, each a process of its own, in turns (limit usual ours limit usual ours ...):
+Three ways through the same clips, each a process of its own, in turns (limit ours usual limit ours usual ...):
 
 limit   decode, scale to 340x256, encode as MPEG-4, decode again with motion vectors exported; one thread, encoder and
         scaler set as ours are, nothing else
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--clips", type=Path, nargs="+", help=f"videos or folders of them; default {CLIPS}")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
-    parser.add_argument("--frames", type=int, default=1500, help="frames of a measurement, at least")
+    parser.add_argument("--frames", type=int, default=3000, help="frames of a measurement, at least")
     parser.add_argument("--videos", type=int, default=8, help="different clips of a source, at most")
     parser.add_argument("--quick", action="store_true", help="one turn, 300 frames: whether it runs, not how fast")
     parser.add_argument("--case", nargs=3, metavar=("WAY", "FOLDER", "WORKERS"), help=argparse.SUPPRESS)
@@ -144,7 +144,7 @@ def speed(sources: dict[str, list[Clip]], empty: Clip, repeats: int, frames: int
     runs: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for _ in range(repeats):
         for source, clips in {"": [empty], **sources}.items():
-            for way in ways:
+            for way in sorted(ways):  # ours between the two that it is held against
                 runs[source, way].append(measure(way, repeated(clips, share(source, frames)), 1))
     start = {way: start_up(runs["", way]) for way in ways}
     print("Frames per CPU-second (and, in parentheses, per second), one worker\n")
