@@ -1,28 +1,38 @@
-"""python -m benchmarks.motion_loss --batches 4 8 16 32 64 128
+"""python -m benchmarks.motion_loss --batches 4 8 16 32 64 128 256 512
 
-Takes about a minute on one idle CPU core and ends with a Markdown table: time and peak memory of equation (2), forward
-and backward with accuracy, as it is usually written (the matrix of logits, then cross-entropy) beside ours (tiles of
-rows). Sizes are the paper's: 49 motion points a clip, three negative windows, 512 channels, so that a batch of B has
-49·B × 196·B logits. Memory is what a case needs beyond its embeddings: every case is a process of its own, and its peak
-is measured against that after imports, inputs and a small warm-up run. On CUDA it is what torch's allocator counts.
+Takes about five minutes on one idle CPU core (to batch 128: one) and ends with a Markdown table: time and peak memory
+of equation (2), forward and backward with accuracy, as it is usually written (the matrix of logits, then cross-entropy)
+beside ours (tiles of rows); then with the line that fits our peak memory against the batch. Sizes are the paper's: 49
+motion points a clip, three negative windows, 512 channels, so that a batch of B has 49·B × 196·B logits. Memory is what
+a case needs beyond its embeddings: every case is a process of its own, and its peak is measured against that after
+imports, inputs and a small warm-up run; on CUDA it is what torch's allocator counts. Time is the process's CPU time; on
+CUDA, until the device is done. Above batch 128 a case runs once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import numpy as np
 
 POINTS, WINDOWS, CHANNELS, TEMPERATURE = 49, 3, 512, 0.1
 FORMS = ("usual", "tiled")
+COPIES = 3.2  # matrices of logits that the usual form holds at its peak
+FEW = 128  # the largest batch that is run several times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128], help="clips of a batch")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256, 512], help="clips of a batch"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of a case, of which the fastest counts")
@@ -35,27 +45,46 @@ def main() -> None:
     print(f"| batch | logits | {' | '.join(f'{form}, ms' for form in FORMS)} | time | ", end="")
     print(f"{' | '.join(f'{form}, MB' for form in FORMS)} | memory |")
     print("|" + "---:|" * 8)
+    memory = {}
     for batch in options.batches:
         (usual_time, usual_bytes), (tiled_time, tiled_bytes) = (run_case(form, batch, options) for form in FORMS)
-        rows = batch * POINTS
+        rows, memory[batch] = batch * POINTS, tiled_bytes / 1e6
+        usual = [f"{usual_time * 1e3:.1f}", f"{tiled_time / usual_time:.2f}", f"{usual_bytes / 1e6:.1f}"]
+        if math.isnan(usual_time):
+            usual = ["does not fit", "", f"about {COPIES * 4 * rows * rows * (1 + WINDOWS) / 1e6:.0f}"]
+        share = "" if math.isnan(usual_time) else f"{tiled_bytes / usual_bytes:.2f}"
         print(
-            f"| {batch} | {rows:,} × {rows * (1 + WINDOWS):,} | {usual_time * 1e3:.1f} | {tiled_time * 1e3:.1f} | "
-            f"{tiled_time / usual_time:.2f} | {usual_bytes / 1e6:.1f} | {tiled_bytes / 1e6:.1f} | "
-            f"{tiled_bytes / usual_bytes:.2f} |",
+            f"| {batch} | {rows:,} × {rows * (1 + WINDOWS):,} | {usual[0]} | {tiled_time * 1e3:.1f} | {usual[1]} | "
+            f"{usual[2]} | {tiled_bytes / 1e6:.1f} | {share} |",
             flush=True,
         )
+    print(fit(memory))
+
+
+def fit(memory: dict[int, float]) -> str:
+    """The line through the peaks (batch -> MB) of batches whose logits fill more than a tile, by least squares."""
+    full = {b: mb for b, mb in memory.items() if 4 * (1 + WINDOWS) * (b * POINTS) ** 2 > 64 * 2**20}
+    if len(full) < 3:
+        return "\nA line needs three batches of 32 clips or more."
+    batches, peaks = np.array(list(full)), np.array(list(full.values()))
+    slope, constant = np.polyfit(batches, peaks, 1)
+    off = np.abs(slope * batches + constant - peaks).max() / peaks.max()
+    return (
+        f"\nPeak memory, tiled, from batch {batches.min()} on: {constant:.0f} MB + {slope:.2f} MB a clip; no point is "
+        f"further from the line than {off:.1%} of the largest."
+    )
 
 
 def run_case(form: str, batch: int, options: argparse.Namespace) -> tuple[float, int]:
     """One case in a process of its own: a process's peak memory never goes down again."""
     command = [sys.executable, "-m", "benchmarks.motion_loss", "--case", form, str(batch), "--device", options.device]
-    command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
+    command += ["--threads", str(options.threads), "--repeats", str(options.repeats if batch <= FEW else 1)]
     seconds, peak = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return seconds, peak
 
 
 def measure(form: str, batch: int, device: str, threads: int, repeats: int) -> tuple[float, int]:
-    """Seconds of the fastest run, and bytes at the peak of the first beyond those before it."""
+    """Seconds of the fastest run, and bytes at the peak of the first beyond those before; NaN for what does not fit."""
     # Imported here: on Linux a child's peak starts at its parent's, so the parent must stay smaller than any case.
     import torch
     from torch.nn.functional import cross_entropy, normalize
@@ -87,7 +116,8 @@ def measure(form: str, batch: int, device: str, threads: int, repeats: int) -> t
     def now() -> float:
         if device != "cpu":
             torch.cuda.synchronize()
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time()
 
     def peak() -> int:
         if device != "cpu":
@@ -95,6 +125,8 @@ def measure(form: str, batch: int, device: str, threads: int, repeats: int) -> t
         # Kilobytes on Linux, bytes on macOS.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+    if form == "usual" and COPIES * 4 * (batch * POINTS) ** 2 * (1 + WINDOWS) > free(device):
+        return math.nan, 0
     torch.manual_seed(0)
     inputs = embeddings(batch)
     run(embeddings(1))
@@ -103,6 +135,18 @@ def measure(form: str, batch: int, device: str, threads: int, repeats: int) -> t
     needed = peak() - before
     seconds += [run(inputs) for _ in range(repeats - 1)]
     return min(seconds), needed
+
+
+def free(device: str) -> float:
+    """Bytes that can still be had."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: let it try
+        return math.inf
+    return 1024 * int(next(line.split()[1] for line in meminfo.read_text().splitlines() if "MemAvailable" in line))
 
 
 if __name__ == "__main__":

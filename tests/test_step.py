@@ -1,0 +1,71 @@
+"""A step of training as the device sees it: nothing asks for a value and waits; compiled, it is the same."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from running import RUNTIME, Tiny, lines, start
+from torch import nn
+from torch.utils.data import default_collate
+
+from preprocess.shards import ShardSet
+from train.config import Objective, Supervision
+from train.loop import make_optimiser
+from train.tasks import make_task
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(objective=Objective(alpha=0.5)),
+        tiny_config(objective=Objective(motion_loss="mse")),
+        tiny_config(objective=Objective(motion_loss="cross_entropy")),
+        tiny_config("small-regularised"),
+        tiny_config("small-regularised", supervision=Supervision("scratch", motion_weight=0.0)),
+    ],
+    ids=["joint", "mse", "cross_entropy", "regularised", "labels"],
+)
+def test_a_step_reads_nothing_back(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
+    """On tensors without memory any .item(), .cpu(), bool(tensor) or shape that depends on values is an error; on a GPU
+    it would make the host wait for all the work it has queued."""
+    # Autocast knows no such device; it changes types, and waits for nothing.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    task = make_task(config, ShardSet(tiny[0]), None)
+    model = task.model.to("meta")
+    optimiser = make_optimiser(config.optimiser, model, torch.device("meta"))
+    optimiser = torch.optim.SGD(model.parameters(), 0.1) if config.optimiser.name == "adamw" else optimiser
+    batch = {k: v.to("meta") for k, v in default_collate([task.data[0, i] for i in range(4)]).items()}
+    loss, found = task.loss(model, task.inputs(batch), batch)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 15)
+    optimiser.step()
+    assert torch.stack([loss, *found, norm]).detach().float().shape == (len(task.columns) + 2,)
+    for ask in (float, bool, torch.Tensor.cpu, torch.Tensor.nonzero):  # such a question would have shown
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ask(loss.detach())
+
+
+@pytest.mark.soak  # half a minute to two of compilation
+def test_compiled_steps_are_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
+    # Two steps of what compiles soonest: one network, and no dropout, which would draw other numbers.
+    config = tiny_config("small-scratch", batch_size=6, epochs=1, supervision=Supervision("scratch", dropout=0.0))
+    config = replace(config, networks=replace(config.networks, backbone="c3d"))
+    runtime = replace(RUNTIME, log_steps=1)
+    start(tiny, tmp_path / "eager", config, runtime)
+    start(tiny, tmp_path / "compiled", config, replace(runtime, compile=True))
+    eager, compiled = (lines(tmp_path / name) for name in ("eager", "compiled"))
+    assert [line["step"] for line in compiled] == [1, 2]
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose([c[name] for c in compiled], [e[name] for e in eager], rtol=1e-3)
+    # What is saved has the names of the eager network, whichever wrote it.
+    start(tiny, tmp_path / "compiled", config, runtime)
