@@ -1,4 +1,5 @@
 # make demo   the main job on the embedded data: scenes -> shards -> training -> retrieval, a table and a picture
+# make demo-all  adds context alone and motion alone, a diagnosis and a report (half an hour)
 # make test   the test suite; make soak runs the full counts of faults and kills
 # make bench  what is claimed about speed; make lint  style and types
 # The first of them sets up .venv with pinned versions. PYTHON chooses the interpreter (3.10 or later).
@@ -29,9 +30,11 @@ demo: scenes
 	$(PY) -m eval compare $(OUT)/joint $(SCENES) --picture $(OUT)/demo.png
 
 demo-all: demo
-	$(PY) -m train scenes $(SCENES) --out $(OUT)/context --objective.alpha 0
-	$(PY) -m train scenes $(SCENES) --out $(OUT)/motion --objective.alpha 1
+	$(PY) -m train scenes-context $(SCENES) --out $(OUT)/context
+	$(PY) -m train scenes-motion $(SCENES) --out $(OUT)/motion
 	$(PY) -m eval compare $(OUT)/joint $(OUT)/context $(OUT)/motion $(SCENES) --picture $(OUT)/demo.png
+	$(PY) -m eval diagnose --run $(OUT)/joint $(SCENES) --picture $(OUT)/diagnosis.png
+	$(PY) -m eval report --runs $(OUT) --gallery $(OUT)/joint $(OUT)/context $(OUT)/motion $(SCENES) --out $(OUT)/report.html
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak"
