@@ -15,7 +15,8 @@ bound        libjpeg-turbo decoding the sample's 17 JPEGs from memory into array
 ours         PretrainSet's samples: draws, look-up, decoding, motion windows; a turn is a batch, as a loader asks for it
 h5py         the same sample where every read is an ordinary call of h5py; the file opened once, or for every sample
 PyAV, torchcodec  the 16 frames alone from the source video: open, seek, decode, resize to the stored frame's size; one
-             thread. torchcodec once with the scan for exact seeks that is its default, once without
+             thread. torchcodec once with the scan for exact seeks that is its default, once without; PyAV once more for
+             the whole sample, with the I-frame and the source's motion vectors of the four windows
 
 Times are CPU time of the whole process, figures medians over the turns, ratios medians of each turn's. Videos whose
 source has more than 288 lines are a table of their own: decoding them is slower and would flatter the ratio. Without

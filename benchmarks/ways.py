@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import simplejpeg
 
-from preprocess.shards import Shard
+from preprocess.shards import Settings, Shard
+from train import data as reading
 from train.data import PretrainSet
 
 Key = tuple[int, int]
@@ -21,12 +22,16 @@ Way = Callable[["list[Key]", "list[Clip]"], "Iterable[np.ndarray]"]
 
 
 class Clip(NamedTuple):
-    """What a sample decodes: JPEGs in memory, and the frames' numbers in the source video."""
+    """What a sample decodes: JPEGs in memory, and numbers of frames in the source video."""
 
     frames: list[bytes]
     iframe: bytes
     video: int
     numbers: list[int]
+    """Of the clip."""
+    iframe_number: int
+    windows: list[int]
+    """First frames of the motion windows."""
 
 
 def readers(data: PretrainSet, videos: Path | None) -> dict[str, Way]:
@@ -64,6 +69,9 @@ def readers(data: PretrainSet, videos: Path | None) -> dict[str, Way]:
     absent = missing(videos)
     if videos is not None and "PyAV" not in absent:
         ways["PyAV"] = each(lambda _, clip: decode_pyav(videos / paths[clip.video], clip.numbers, width, height))
+        ways["PyAV, the whole sample"] = each(
+            lambda _, clip: decode_sample(videos / paths[clip.video], clip, data.sampling.motion_frames, settings)
+        )
     if videos is not None and "torchcodec" not in absent:
         for mode in ("exact", "approximate"):
 
@@ -93,8 +101,13 @@ def missing(videos: Path | None) -> dict[str, str]:
 def recorded(data: PretrainSet) -> Iterator[list[Clip]]:
     """A list that fills with what every sample taken meanwhile decodes."""
     clips: list[Clip] = []
-    frame_jpeg, iframe_jpeg = Shard.frame_jpeg, Shard.iframe_jpeg
+    frame_jpeg, iframe_jpeg, draw_motion = Shard.frame_jpeg, Shard.iframe_jpeg, reading._motion
     taken: list[tuple[bytes, int]] = []
+    drawn: list[list[int]] = []  # a batch is drawn before any of it is decoded
+
+    def motion(shard: Shard, first: int, windows: list[int], *others: Any) -> Any:
+        drawn.append(windows)
+        return draw_motion(shard, first, windows, *others)
 
     def frame(shard: Shard, number: int) -> np.ndarray:
         jpeg = frame_jpeg(shard, number)
@@ -106,16 +119,17 @@ def recorded(data: PretrainSet) -> Iterator[list[Clip]]:
         index = int(np.searchsorted(shard.frame_offset, taken[0][1], "right")) - 1
         first = int(shard.frame_offset[index])
         before = sum(len(s) for s in data.shards.shards[: data.shards.shards.index(shard)])
-        numbers = [number - first for _, number in taken]
-        clips.append(Clip([jpeg for jpeg, _ in taken], bytes(jpeg), before + index, numbers))
+        numbers = [n - first for _, n in taken]
+        picture = int(shard.iframe_frame[number]) - first
+        clips.append(Clip([j for j, _ in taken], bytes(jpeg), before + index, numbers, picture, drawn.pop(0)))
         taken.clear()
         return jpeg
 
-    Shard.frame_jpeg, Shard.iframe_jpeg = frame, iframe  # type: ignore[method-assign]
+    Shard.frame_jpeg, Shard.iframe_jpeg, reading._motion = frame, iframe, motion  # type: ignore[method-assign]
     try:
         yield clips
     finally:
-        Shard.frame_jpeg, Shard.iframe_jpeg = frame_jpeg, iframe_jpeg  # type: ignore[method-assign]
+        Shard.frame_jpeg, Shard.iframe_jpeg, reading._motion = frame_jpeg, iframe_jpeg, draw_motion  # type: ignore[method-assign]
 
 
 class OrdinaryShard:
@@ -153,26 +167,58 @@ class OrdinaryShard:
 
 
 def decode_pyav(path: Path, numbers: list[int], width: int, height: int) -> np.ndarray:
-    """Frames by their numbers: seek to the key frame before, decode on, resize only what is wanted."""
-    import av
-
+    """Frames by their numbers, rising: seek to the key frame before, decode on, resize only what is wanted."""
     out = np.zeros((len(numbers), height, width, 3), np.uint8)
-    with av.open(str(path), metadata_errors="ignore") as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        rate, base, start = stream.average_rate, stream.time_base, stream.start_time or 0
-        assert rate is not None and base is not None
-        container.seek(start + int(numbers[0] / rate / base), stream=stream)
-        wanted = 0
-        for frame in container.decode(stream):
-            at = frame.pts if frame.pts is not None else frame.dts
-            if at is not None and round((at - start) * base * rate) < numbers[wanted]:
-                continue
+    wanted = 0
+    for number, frame in frames_from(path, numbers[0]):
+        if number >= numbers[wanted]:
             out[wanted] = frame.reformat(width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
             wanted += 1
             if wanted == len(numbers):
                 break
     return out
+
+
+def decode_sample(path: Path, clip: Clip, motion_frames: int, settings: Settings) -> np.ndarray:
+    """A clip's frames, its I-frame and the motion vectors of its windows, where the source has them, in one pass."""
+    from preprocess.extract import RECORD
+
+    out = np.zeros((len(clip.numbers), settings.frame_height, settings.frame_width, 3), np.uint8)
+    place = {number: k for k, number in enumerate(clip.numbers)}
+    maps = {n for window in clip.windows for n in range(window, window + motion_frames)}
+    wanted = {*place, *maps, clip.iframe_number}
+    kept: list[Any] = []
+    for number, frame in frames_from(path, min(wanted), vectors=True):
+        if number in place:
+            small = frame.reformat(settings.frame_width, settings.frame_height, "rgb24", interpolation="BILINEAR")
+            out[place[number]] = small.to_ndarray()
+        if number in maps:
+            found = frame.side_data.get("MOTION_VECTORS")
+            kept.append(None if found is None else np.frombuffer(found, RECORD).copy())
+        if number == clip.iframe_number:
+            full = frame.reformat(settings.width, settings.height, "rgb24", interpolation="BILINEAR")
+            kept.append(full.to_ndarray())
+        if number >= max(wanted):
+            break
+    return out
+
+
+def frames_from(path: Path, first: int, vectors: bool = False) -> Iterator[tuple[int, Any]]:
+    """(number, frame) from the key frame before `first` on, by one thread."""
+    import av
+
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        if vectors:
+            stream.codec_context.options = {"flags2": "+export_mvs"}
+        rate, base, start = stream.average_rate, stream.time_base, stream.start_time or 0
+        assert rate is not None and base is not None
+        container.seek(start + int(first / rate / base), stream=stream)
+        for frame in container.decode(stream):
+            at = frame.pts if frame.pts is not None else frame.dts
+            if at is not None:
+                yield round((at - start) * base * rate), frame
 
 
 def decode_torchcodec(path: Path, numbers: list[int], width: int, height: int, mode: str) -> np.ndarray:
