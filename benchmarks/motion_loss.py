@@ -36,8 +36,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of a case, of which the fastest counts")
+    parser.add_argument("--quick", action="store_true", help="two small batches: whether it runs, not how fast")
     parser.add_argument("--case", nargs=2, metavar=("FORM", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        options.batches, options.repeats = [2, 4], 1
     if options.case:
         form, batch = options.case
         print(json.dumps(measure(form, int(batch), options.device, options.threads, options.repeats)))
@@ -65,7 +68,7 @@ def fit(memory: dict[int, float]) -> str:
     """The line through the peaks (batch -> MB) of batches whose logits fill more than a tile, by least squares."""
     full = {b: mb for b, mb in memory.items() if 4 * (1 + WINDOWS) * (b * POINTS) ** 2 > 64 * 2**20}
     if len(full) < 3:
-        return "\nA line needs three batches of 32 clips or more."
+        return "\nA line needs three batches of 42 clips or more, whose logits fill more than a tile."
     batches, peaks = np.array(list(full)), np.array(list(full.values()))
     slope, constant = np.polyfit(batches, peaks, 1)
     off = np.abs(slope * batches + constant - peaks).max() / peaks.max()

@@ -181,6 +181,8 @@ def decode_pyav(path: Path, numbers: list[int], width: int, height: int) -> np.n
 
 def decode_sample(path: Path, clip: Clip, motion_frames: int, settings: Settings) -> np.ndarray:
     """A clip's frames, its I-frame and the motion vectors of its windows, where the source has them, in one pass."""
+    from av.sidedata.sidedata import SideDataContainer
+
     from preprocess.extract import RECORD
 
     out = np.zeros((len(clip.numbers), settings.frame_height, settings.frame_width, 3), np.uint8)
@@ -193,7 +195,7 @@ def decode_sample(path: Path, clip: Clip, motion_frames: int, settings: Settings
             small = frame.reformat(settings.frame_width, settings.frame_height, "rgb24", interpolation="BILINEAR")
             out[place[number]] = small.to_ndarray()
         if number in maps:
-            found = frame.side_data.get("MOTION_VECTORS")
+            found = SideDataContainer(frame).get("MOTION_VECTORS")
             kept.append(None if found is None else np.frombuffer(found, RECORD).copy())
         if number == clip.iframe_number:
             full = frame.reformat(settings.width, settings.height, "rgb24", interpolation="BILINEAR")

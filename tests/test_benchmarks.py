@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, one_thread, panned, write_video
 
+from benchmarks import motion_loss
 from benchmarks.stage1_cases import LIMIT_PHASES, OUR_PHASES, run_limit
 from preprocess import encode
 from preprocess.shards import Settings
@@ -38,6 +39,21 @@ def test_loader(tiny: tuple[Path, Path]) -> None:
     assert [row[0].strip() for row in workers] == ["25%", "50%", "75%", "100%"]
     assert all(len([float(mb) for mb in cell.split(",")]) == 4 for row in workers for cell in row[1:])
     assert {"augmentation", "step of C3D"} <= set(first)
+
+
+def test_motion_loss() -> None:
+    rows = run("motion_loss")[1:]
+    assert [row[1].strip() for row in rows] == ["98 × 392", "196 × 784"]
+    assert all(float(row[k]) > 0 for row in rows for k in (2, 3, 4, 5, 6, 7))
+
+
+def test_the_line_of_peak_memory() -> None:
+    assert "91 MB + 0.50 MB a clip; no point is further from the line than 0.0%" in motion_loss.fit(
+        {4: 7000.0, 64: 123.0, 128: 155.0, 512: 347.0}
+    )
+    # 4 MB off a line, of which least squares leaves two thirds at the middle of three even steps.
+    assert "no point is further from the line than 1.3%" in motion_loss.fit({64: 100.0, 128: 154.0, 192: 200.0})
+    assert "three batches" in motion_loss.fit({4: 1.0, 8: 2.0, 64: 3.0})
 
 
 def test_train_step(tiny: tuple[Path, Path]) -> None:
