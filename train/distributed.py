@@ -92,7 +92,8 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
 
     Parameters, buffers and state-dict keys stay the same. Layers on CUDA become torch's nn.SyncBatchNorm, layers
     elsewhere `SynchronisedBatchNorm`, so move the module to its device first. Returns the module, or its replacement
-    where it is a batch norm itself.
+    where it is a batch norm itself. torch's layer lets the host wait for the device once a layer and step, to look for
+    ranks without samples; it is kept for its fused kernels.
     """
     if world_size() == 1:
         return module
