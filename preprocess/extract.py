@@ -21,6 +21,7 @@ RECORD = np.dtype(
     ],
     align=True,
 )
+MACROBLOCK_BITS = MACROBLOCK.bit_length() - 1
 OURS = {"source": -1, "w": MACROBLOCK, "h": MACROBLOCK, "motion_scale": 2}
 """What is the same in all vectors of our encoder: from the previous frame, of whole macroblocks, half-pixel."""
 
@@ -84,7 +85,7 @@ def grids(records: Sequence[bytes], settings: Settings) -> np.ndarray:
     if not all((vectors[name] == value).all() for name, value in OURS.items()):
         raise ValueError("the encoded stream has vectors that are not half-pixel, 16x16 and from the previous frame")
     frame = np.repeat(np.arange(len(records)), [len(r) // RECORD.itemsize for r in records])
-    row, column = (vectors[name] // MACROBLOCK for name in ("dst_y", "dst_x"))
+    row, column = (vectors[name] >> MACROBLOCK_BITS for name in ("dst_y", "dst_x"))  # floor; faster than to divide
     cell = np.ravel_multi_index((frame, row, column), cells.shape[:3])  # one index is several times faster than three
     for axis, name in enumerate(("motion_x", "motion_y")):
         cells.reshape(-1, 2)[cell, axis] = vectors[name] * (-QUARTERS // 2)
