@@ -168,11 +168,11 @@ class OrdinaryShard:
 
 def decode_pyav(path: Path, numbers: list[int], width: int, height: int) -> np.ndarray:
     """Frames by their numbers, rising: seek to the key frame before, decode on, resize only what is wanted."""
-    out = np.zeros((len(numbers), height, width, 3), np.uint8)
+    out, rgb = np.zeros((len(numbers), height, width, 3), np.uint8), resizing()
     wanted = 0
     for number, frame in frames_from(path, numbers[0]):
         if number >= numbers[wanted]:
-            out[wanted] = frame.reformat(width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
+            out[wanted] = rgb(frame, width, height)
             wanted += 1
             if wanted == len(numbers):
                 break
@@ -186,23 +186,35 @@ def decode_sample(path: Path, clip: Clip, motion_frames: int, settings: Settings
     from preprocess.extract import RECORD
 
     out = np.zeros((len(clip.numbers), settings.frame_height, settings.frame_width, 3), np.uint8)
+    rgb = resizing()
     place = {number: k for k, number in enumerate(clip.numbers)}
     maps = {n for window in clip.windows for n in range(window, window + motion_frames)}
     wanted = {*place, *maps, clip.iframe_number}
     kept: list[Any] = []
     for number, frame in frames_from(path, min(wanted), vectors=True):
         if number in place:
-            small = frame.reformat(settings.frame_width, settings.frame_height, "rgb24", interpolation="BILINEAR")
-            out[place[number]] = small.to_ndarray()
+            out[place[number]] = rgb(frame, settings.frame_width, settings.frame_height)
         if number in maps:
             found = SideDataContainer(frame).get("MOTION_VECTORS")
             kept.append(None if found is None else np.frombuffer(found, RECORD).copy())
         if number == clip.iframe_number:
-            full = frame.reformat(settings.width, settings.height, "rgb24", interpolation="BILINEAR")
-            kept.append(full.to_ndarray())
+            kept.append(resizing()(frame, settings.width, settings.height))
         if number >= max(wanted):
             break
     return out
+
+
+def resizing() -> Callable[[Any, int, int], np.ndarray]:
+    """A function of (frame, width, height) -> RGB (height, width, 3), set up once for frames of one size."""
+    from av.video.reformatter import VideoReformatter
+
+    scaler = VideoReformatter()
+
+    def rgb(frame: Any, width: int, height: int) -> np.ndarray:
+        # One thread: starting several takes longer than the scaling.
+        return scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray()
+
+    return rgb
 
 
 def frames_from(path: Path, first: int, vectors: bool = False) -> Iterator[tuple[int, Any]]:
