@@ -196,8 +196,14 @@ def test_a_run_killed_ten_times_ends_as_an_undisturbed_one(workers: int, job: Jo
 
 
 def busy_worker(run: subprocess.Popen[str]) -> int | None:
-    """A worker process that has a decoder, so that it is in the middle of a shard."""
-    return next((worker for worker in children(run.pid) if children(worker)), None)
+    """A worker process that has a decoder, hence is in the middle of a shard, and is stopped, hence stays there."""
+    for worker in children(run.pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(worker, signal.SIGSTOP)
+            if any(b"preprocess.codec" in Path(f"/proc/{c}/cmdline").read_bytes() for c in children(worker)):
+                return worker  # libraries start other processes as they load
+            os.kill(worker, signal.SIGCONT)
+    return None
 
 
 def test_a_killed_worker_is_noticed_and_its_shard_made_once_more(job: Job) -> None:
