@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -296,6 +298,13 @@ def heed_only_parent(_: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=wait, daemon=True).start()
+
+    def leave_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # The training process may end while it fetches a batch's memory from this one: that is no fault.
+        if not issubclass(kind, EOFError | ConnectionError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = leave_quietly
 
 
 @contextmanager
