@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -25,6 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = Settings(width=176, height=144, frame_width=112, frame_height=92)
 PAN = (3, -2)
 """Displacement of the content of the panned video, pixels of the encoded frame, each frame."""
+
+
+def pytest_configure() -> None:
+    # Started in a shell's background, Python ignores Ctrl-C, and so would every process that the tests send it to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_video(
