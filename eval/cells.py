@@ -238,16 +238,23 @@ def _small() -> list[Cell]:
 
 
 def _family(family: str, retrieval: dict[str, str]) -> list[Cell]:
-    """The untrained network, then every recipe of a family: retrieval of a pretrained one, accuracy of the others."""
-    found = [Cell(family, "untrained", c, "retrieval", family, family, m, 0) for m, c in retrieval.items()]
+    """The untrained network, every recipe of a family (retrieval of a pretrained one, accuracy of the others), and, as
+    in table 5, the two networks that are trained beside the V-Network."""
+
+    def of(row: str, recipe: str, epoch: int, network: str = "video") -> list[Cell]:
+        return [Cell(family, row, c, "retrieval", recipe, family, m, epoch, network) for m, c in retrieval.items()]
+
+    found, beside = of("untrained", family, 0), []
     for recipe, made in RECIPES.items():
         if recipe.split("-")[0] != family:
             continue
-        epochs = made.config.epochs
         if isinstance(made.config, Finetuning):
             began = family if made.config.supervision.start == "pretrained" else ""
-            what = ("top-1", "classification", recipe, family, "top-1", epochs)
+            what = ("top-1", "classification", recipe, family, "top-1", made.config.epochs)
             found.append(Cell(family, recipe, *what, pretraining=began))
         else:
-            found += [Cell(family, recipe, c, "retrieval", recipe, family, m, epochs) for m, c in retrieval.items()]
-    return found
+            found += of(recipe, recipe, made.config.epochs)
+        for name, network in (("I-Network", "iframe"), ("M-Network", "motion")) if recipe == family else ():
+            beside += of(f"{name}, untrained", family, 0, network)
+            beside += of(f"{name}, {recipe}", family, made.config.epochs, network)
+    return found + beside
