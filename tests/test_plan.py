@@ -21,7 +21,7 @@ from eval import execute, plan
 from eval.cells import NINE
 from eval.plan import Data, Job, Training
 from train import __main__ as training
-from train import checkpoint, cost, loop
+from train import cost, loop, trained
 from train.recipes import RECIPES
 
 Tiny = tuple[Path, Path]
@@ -116,7 +116,7 @@ def test_commands_say_everything_that_a_job_is(tmp_path: Path) -> None:
 def test_training_understands_the_commands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(loop, "train", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(checkpoint, "load_pretrained", lambda folder, _: folder)
+    monkeypatch.setattr(trained, "load_pretrained", lambda folder, _: folder)
     jobs = {j.name: j for j in planned(("2", "7"), tmp_path, seeds=[4], training=["--precision", "bfloat16"])}
     command_line = jobs[name].command
     assert training.run(list(command_line[1:])) == 0

@@ -103,7 +103,9 @@ def test_only_parts_with_a_weight_exist_and_all_of_them_learn(tiny: Tiny, alpha:
     assert windows is None if alpha == 0 else windows.shape == (4, 2, 2, 8, 32, 32)
     loss, parts = task.loss(model, (clip, iframe, windows), batch)
     loss.backward()
-    found = {"context_loss": 0.0, "motion_loss": 0.0} | dict(zip(task.columns, map(float, parts), strict=True))
+    found = {"context_loss": 0.0, "motion_loss": 0.0} | dict(
+        zip(task.columns, (float(p.detach()) for p in parts), strict=True)
+    )
     assert float(loss.detach()) == pytest.approx(
         2 * ((1 - alpha) * found["context_loss"] + alpha * found["motion_loss"])
     )

@@ -127,7 +127,7 @@ def run(argv: list[str]) -> int:
     default = kind(shards=missing, manifest=missing, out=missing, config=recipe.config)
     a = tyro.cli(kind, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.about)
     from preprocess.manifest import Manifest, dataset_name
-    from train import checkpoint
+    from train import trained
     from train.loop import Terminated, train
     from train.runs import Origin
 
@@ -136,7 +136,7 @@ def run(argv: list[str]) -> int:
         rows = rows.subset(a.subset)
     pretrained = None
     if isinstance(a, FinetuningArguments) and a.pretrained:
-        pretrained = checkpoint.load_pretrained(a.pretrained, a.pretrained_weights)
+        pretrained = trained.load_pretrained(a.pretrained, a.pretrained_weights)
     origin = Origin(argv[0], dataset_name(a.manifest), a.subset, pretrained)
     try:
         train(a.config, a.runtime, a.shards, rows, a.out, origin)

@@ -7,51 +7,15 @@ import json
 import os
 import pickle
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from train import runs
-from train.config import Config
-
 FORMAT = "context-motion-checkpoint"
 VERSION = 1
 KEYS: dict[str, type | tuple[type, ...]] = {"model": dict, "config": str, "step": int, "epoch": (int, float)}
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """The V-Network of a pretraining run, for a run that begins from it."""
-
-    folder: Path
-    config: Config
-    recipe: str
-    trained_on: str
-    weights: str
-    """'last', or a kept epoch such as 'epoch-0005'."""
-    epoch: float
-    video: dict[str, torch.Tensor]
-    """Its parameters and statistics."""
-
-    @property
-    def weights_sha256(self) -> str:
-        return sha256(self.video)
-
-    def about(self) -> dict[str, Any]:
-        """For run.json."""
-        return {"recipe": self.recipe, "trained_on": self.trained_on, "weights": self.weights, "epoch": self.epoch}
-
-
-def load_pretrained(folder: Path, weights: str = "last") -> Pretrained:
-    """The V-Network of the run in `folder`. Raises ValueError as `load` does."""
-    about = runs.read(folder)
-    state = load(weights_path(folder, weights))
-    video = {k.removeprefix("video."): v for k, v in state["model"].items() if k.startswith("video.")}
-    config = Config.from_json(json.dumps(about["config"]))
-    return Pretrained(folder, config, about["recipe"], about["trained_on"], weights, float(state["epoch"]), video)
 
 
 def weights_path(folder: Path, weights: str) -> Path:

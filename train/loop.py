@@ -169,7 +169,7 @@ def train(
     return line
 
 
-def begin_from(pretrained: checkpoint.Pretrained | None, config: Config, model: nn.Module) -> None:
+def begin_from(pretrained: runs.Pretrained | None, config: Config, model: nn.Module) -> None:
     """Give the V-Network the weights of a pretraining run, where the configuration wants them."""
     wanted = isinstance(config, Finetuning) and config.supervision.start == "pretrained"
     if wanted and pretrained is None:

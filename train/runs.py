@@ -17,9 +17,29 @@ from preprocess.shards import ShardSet
 from train.config import Config, flatten
 
 if TYPE_CHECKING:
-    from train.checkpoint import Pretrained
+    import torch
 
 LIBRARIES = ("torch", "numpy", "h5py", "simplejpeg", "kornia")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The V-Network of a pretraining run, for a run that begins from it."""
+
+    folder: Path
+    config: Config
+    recipe: str
+    trained_on: str
+    weights: str
+    """'last', or a kept epoch such as 'epoch-0005'."""
+    epoch: float
+    video: dict[str, torch.Tensor]
+    """Its parameters and statistics."""
+    weights_sha256: str
+
+    def about(self) -> dict[str, Any]:
+        """For run.json."""
+        return {"recipe": self.recipe, "trained_on": self.trained_on, "weights": self.weights, "epoch": self.epoch}
 
 
 @dataclass(frozen=True)

@@ -44,3 +44,13 @@ def load_run(folder: Path, weights: str = "last") -> Run:
         checkpoint.load_weights(model, state["model"], saved)
         epoch = float(state["epoch"])
     return Run(folder, config, about["recipe"], weights, epoch, model)
+
+
+def load_pretrained(folder: Path, weights: str = "last") -> runs.Pretrained:
+    """The V-Network of the run in `folder`. Raises ValueError as `checkpoint.load` does."""
+    about = runs.read(folder)
+    state = checkpoint.load(checkpoint.weights_path(folder, weights))
+    video = {k.removeprefix("video."): v for k, v in state["model"].items() if k.startswith("video.")}
+    config, epoch = Config.from_json(json.dumps(about["config"])), float(state["epoch"])
+    names = (about["recipe"], about["trained_on"], weights)
+    return runs.Pretrained(folder, config, *names, epoch, video, checkpoint.sha256(video))
