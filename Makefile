@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-WORKERS ?= $(shell nproc)
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc)
 OUT ?= demo_out
 SCENES := --shards $(OUT)/shards --manifest $(OUT)/scenes/manifest.csv
 

@@ -59,6 +59,7 @@ def retrieve(
         f"{len(found.query)} queries, {len(found.gallery)} in the gallery; {features.protocol(loaded.config, network)}"
     )
     print(retrieval.table({name: found.recalls}, retrieval.KS))
+    print(_chance(shard_set, table))
     if picture:
         print(gallery.draw(shard_set, {name: found}, picture))
     print(f"stored in {path}")
@@ -128,7 +129,6 @@ def probe(
         raise ValueError("nothing to probe: give the folders of one or more runs")
     from eval import features, rows
     from eval import probe as probing
-    from eval import retrieve as retrieval
 
     table, shard_set, dataset = _data(shards, manifest)
     found, stored = {}, []
@@ -140,8 +140,7 @@ def probe(
             stored.append(rows.write(folder, origin | row))
     print(f"k=: {probing.VOTE}\nlinear: {probing.LINEAR}")
     print(probing.table(found))
-    chance = retrieval.chance(shard_set, table)
-    print("chance: " + ", ".join(f"{name} {value:.1f}" for name, value in chance.items()))
+    print(_chance(shard_set, table))
     print("\n".join(f"stored in {path}" for path in stored))
     return DONE
 
@@ -207,16 +206,16 @@ def diagnose(
     print(f"nearest neighbours of {name}, in percent:")
     print(diagnosis.table(found))
     print(diagnosis.verdict(found))
-    if picture:
-        print(diagnosis.draw(found, name, picture))
     if folder is None:
         print("not stored: --out FOLDER keeps it")
-        return DONE
-    if run is None:
-        origin = diagnosis.about_module(module, network, config, shard_set, table, dataset)
     else:
-        origin = rows.about(loaded, shard_set, table, dataset)
-    print(f"stored in {rows.write(folder, origin | diagnosis.row(found, config))}")
+        if run is None:
+            origin = diagnosis.about_module(module, network, config, shard_set, table, dataset)
+        else:
+            origin = rows.about(loaded, shard_set, table, dataset)
+        print(f"stored in {rows.write(folder, origin | diagnosis.row(found, config))}")
+    if picture:
+        print(diagnosis.draw(found, name, picture))
     return DONE
 
 
@@ -272,24 +271,23 @@ def compare(
         device: auto, cpu, cuda or cuda:1.
         workers: Processes that decode.
     """
+    if not runs:
+        raise ValueError("nothing to compare: give the folders of one or more runs")
     from eval import features, gallery, rows
     from eval import retrieve as retrieval
 
     table, shard_set, dataset = _data(shards, manifest)
-    # By their folders' names where these differ, else by their paths.
-    names = [r.resolve().name for r in runs]
-    names = [str(r) for r in runs] if len({*names, "untrained"}) <= len(runs) else names
-    found = {}
+    names, found, stored = retrieval.names(runs), {}, []
     for name, folder, weights in [("untrained", runs[0], "initial"), *((n, r, "last") for n, r in zip(names, runs))]:
         loaded = features.load_run(folder, weights)
         found[name] = retrieval.retrieve(loaded, shard_set, table, device=device, workers=workers)
         origin = rows.about(loaded, shard_set, table, dataset)
-        rows.write(folder, origin | retrieval.row(found[name], loaded.config, "video"))
+        stored.append(rows.write(folder, origin | retrieval.row(found[name], loaded.config, "video")))
     print(retrieval.table({name: f.recalls for name, f in found.items()}, (1,)))
-    chance = retrieval.chance(shard_set, table)
-    print("chance: " + ", ".join(f"{name} {value:.1f}" for name, value in chance.items()))
+    print(_chance(shard_set, table))
     if picture:
         print(gallery.draw(shard_set, {n: found[n] for n in ("untrained", names[0])}, picture))
+    print("\n".join(f"stored in {path}" for path in stored))
     return DONE
 
 
@@ -319,8 +317,8 @@ def pretext(
     found = tasks.pretext(loaded, shard_set, table, device=device, workers=workers)
     what = {"kind": "pretext", "network": "video", "videos": found.videos, "metrics": found.metrics}
     origin = rows.about(loaded, shard_set, table, dataset)
-    path = rows.write(run, origin | what | {"protocol": tasks.protocol(loaded)})
-    print(f"{found.videos} test videos, {found.left} left over; {tasks.protocol(loaded)}")
+    path = rows.write(run, origin | what | {"protocol": tasks.protocol(found.batch)})
+    print(f"{found.videos} test videos, {found.left} left over; {tasks.protocol(found.batch)}")
     for name, value in found.metrics.items():
         print(f"{name} {value:.1f} %")
     print(f"stored in {path}")
@@ -333,6 +331,13 @@ def _data(shards: Path, manifest: Path) -> tuple[Manifest, ShardSet, str]:
     from preprocess.shards import ShardSet
 
     return Manifest.read(manifest), ShardSet(shards), dataset_name(manifest)
+
+
+def _chance(shards: ShardSet, manifest: Manifest) -> str:
+    """What R@1 would be for neighbours at random."""
+    from eval import retrieve as retrieval
+
+    return "R@1 by chance: " + ", ".join(f"{n} {v:.1f}" for n, v in retrieval.chance(shards, manifest).items())
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eval import rows
 from eval.features import CLIPS, Run, over_clips
+from preprocess.files import replacing
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train import runs
@@ -171,6 +172,6 @@ def draw(found: Classification, title: str, out: Path) -> Path:
     figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
     bar.set_title("%", size=8)
     figure.text(0.08 / wide, 1 - 0.06 / high, f"{title}\n{KEY}", size=8, va="top")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with replacing(out) as partial:
+        figure.savefig(partial, format="png")
     return out

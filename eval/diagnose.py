@@ -28,6 +28,7 @@ from eval import rows
 from eval.features import CLIPS, View, over_clips, pooled, unchanged
 from eval.features import protocol as features_protocol
 from eval.retrieve import labellings, neighbours
+from preprocess.files import replacing
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train import checkpoint
@@ -183,6 +184,8 @@ def vectors(outputs: object) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.ndim not in (2, 5):
         what = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"the network gives {what}; it must give features (N, C) or maps (N, C, t, h, w)")
+    if outputs.shape[1] == 0:
+        raise ValueError("the network gives features of no numbers")
     return outputs.float() if outputs.ndim == 2 else pooled(outputs)
 
 
@@ -196,7 +199,7 @@ def load_module(name: str, config: Config) -> nn.Module:
         raise ValueError(f"--module is {name!r}; give package.module:factory, a callable that returns an nn.Module")
     try:
         found = importlib.import_module(path)
-    except Exception as error:  # a user's code may raise anything
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
         raise ValueError(
             f"{path} cannot be imported ({type(error).__name__}: {error}): run from the folder that holds it, or put "
             "that folder into PYTHONPATH"
@@ -206,7 +209,7 @@ def load_module(name: str, config: Config) -> nn.Module:
         raise ValueError(f"{path} has no callable {factory!r}; give a function or class that returns an nn.Module")
     try:
         module = make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{name}() raised {type(error).__name__}: {error}; it is called without arguments") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}() returned {type(module).__name__}; it must return an nn.Module")
@@ -214,7 +217,7 @@ def load_module(name: str, config: Config) -> nn.Module:
     try:
         with torch.inference_mode():
             outputs = module.eval()(torch.zeros(shape))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"{name} raised {type(error).__name__} for clips {shape}: {error}; --frames and --size change the shape"
         ) from error
@@ -345,6 +348,6 @@ def draw(found: Diagnosis, title: str, out: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="queries", fontsize=7, title_fontsize=7, frameon=False, ncols=5, loc="upper right")
     axes.set_title(f"{title}: {summary(found)}", size=8, loc="left", wrap=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with replacing(out) as partial:
+        figure.savefig(partial, format="png")
     return out

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.plan import Job
+from preprocess.files import write_text
 
 PYTHON = (sys.executable, "-m")
 """What starts a job's command."""
@@ -47,12 +48,12 @@ def describe(jobs: Sequence[Job]) -> str:
         after = f"  # after {', '.join(str(numbers[x]) for x in job.needs)}" if job.needs else ""
         lacks = f"  # cannot run: {job.lacks}" if job.lacks else ""
         lines.append(f"{n:4}  {job.hours:7.2f} h {how:9}  python -m {shlex.join(job.command)}{after}{lacks}")
-    measured = sum(job.hours for job in jobs if job.measured)
-    estimated = sum(job.hours for job in jobs if not job.measured)
+    ready = [job for job in jobs if not job.lacks]
+    measured = sum(job.hours for job in ready if job.measured)
+    estimated = sum(job.hours for job in ready if not job.measured)
     trainings = sum(job.command[0] == "train" for job in jobs)
-    ready = sum(not job.lacks for job in jobs)
     lines.append(
-        f"{trainings} trainings and {len(jobs) - trainings} evaluations are missing, {ready} of these can run: "
+        f"{trainings} trainings and {len(jobs) - trainings} evaluations are missing, {len(ready)} of these can run: "
         f"{measured:.1f} hours by clips per second measured here, {estimated:.1f} GPU hours estimated"
     )
     return "\n".join(lines)
@@ -146,7 +147,7 @@ def slurm(jobs: Sequence[Job], folder: Path) -> list[list[Job]]:
     submit = ["#!/bin/bash", "set -e", f"cd {where}"]
     for n, some in enumerate(levels, 1):
         commands = folder.resolve() / f"level-{n}.txt"
-        commands.write_text("".join(f"{shlex.join([*PYTHON, *job.command])}\n" for job in some))
+        write_text(commands, "".join(f"{shlex.join([*PYTHON, *job.command])}\n" for job in some))
         text = ARRAY.format(
             level=n,
             count=len(some),
@@ -155,10 +156,10 @@ def slurm(jobs: Sequence[Job], folder: Path) -> list[list[Job]]:
             here=here,
             commands=shlex.quote(str(commands)),
         )
-        (folder / f"level-{n}.sbatch").write_text(text)
+        write_text(folder / f"level-{n}.sbatch", text)
         # afterany: where one task failed, the others' successors still run, and its own say what is missing.
         after = ' --dependency="afterany:$previous"' if n > 1 else ""
         submit.append(f"previous=$(sbatch --parsable{after} level-{n}.sbatch)")
-    (folder / "submit.sh").write_text("\n".join([*submit, 'echo "queued, the last array is $previous"', ""]))
+    write_text(folder / "submit.sh", "\n".join([*submit, 'echo "queued, the last array is $previous"', ""]))
     (folder / "submit.sh").chmod(0o755)
     return levels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from preprocess.files import replacing
 from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
 from train import augment
@@ -93,16 +93,8 @@ def store(
         "path": np.array([paths[v] for v in video.tolist()], dtype=str),
         "subset": np.array([subsets[paths[v]] for v in video.tolist()], dtype=str),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as f:
-            np.savez(f, **arrays)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out) as partial, open(partial, "wb") as f:
+        np.savez(f, **arrays)
 
 
 @explaining_workers()
@@ -134,7 +126,9 @@ def over_clips(
     network, settings = data.modality, data.shards.settings
     found: list[Tensor] = []
     with torch.inference_mode():
-        for batch in tqdm(loader, unit=f"{VIDEOS_A_BATCH} videos", desc=NETWORKS[network], disable=None, leave=False):
+        for batch in tqdm(
+            loader, desc=NETWORKS[network], unit=" videos", unit_scale=VIDEOS_A_BATCH, disable=None, leave=False
+        ):
             clips = batch[KEYS[network]].to(where, non_blocking=True)  # (V, clips, ...)
             values = []
             for view in views:

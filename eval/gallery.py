@@ -9,6 +9,7 @@ import simplejpeg
 
 from eval.retrieve import Retrieval, labellings
 from preprocess.draw import arrows, colour_view, enlarge
+from preprocess.files import replacing
 from preprocess.shards import INTRA, QUARTERS, Shard, ShardSet
 
 QUERIES = 5
@@ -67,8 +68,8 @@ def draw(shards: ShardSet, found: dict[str, Retrieval], out: Path) -> Path:
     in_parts = "motion" in labellings(classes)
     legend = "; ".join([green, *([amber] if in_parts else []), f"{MARKS[MISSED]} red: another class"])
     figure.text(0.99, 1 - 0.04 / figure.get_figheight(), legend, ha="right", va="top", size=8, color="#444444")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with replacing(out) as partial:
+        figure.savefig(partial, format="png")
     return out
 
 

@@ -139,10 +139,10 @@ def scan(folder: Path) -> dict[Training, Known]:
             run = Training(about["recipe"], about["pretrained"].get("recipe", ""), about["seed"])
             if run.recipe not in RECIPES or about["config_sha256"] != run.config.sha256() or about["subset"] != "train":
                 continue
-        except (ValueError, KeyError):  # another program's, or an older one's
+            state = path.with_name("checkpoint.json")
+            epoch = float(json.loads(state.read_text())["epoch"]) if state.exists() else 0.0
+        except (ValueError, KeyError, TypeError):  # another program's, or damaged
             continue
-        state = path.with_name("checkpoint.json")
-        epoch = float(json.loads(state.read_text())["epoch"]) if state.exists() else 0.0
         if run not in known or epoch > known[run].epoch:
             known[run] = Known(path.parent, about["trained_on"], epoch, _rate(path.with_name("metrics.jsonl")))
     return known
@@ -154,7 +154,7 @@ def _rate(path: Path) -> float:
     for text in path.read_text().splitlines()[-RECENT:] if path.exists() else []:
         try:
             found.append(float(json.loads(text)["clips_per_second"]))
-        except (ValueError, KeyError):  # a line that a kill cut short
+        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
             continue
     return statistics.median(found) if found else 0.0
 

@@ -26,6 +26,8 @@ class Pretext:
     """Videos seen."""
     left: int
     """Videos that did not fill a batch."""
+    batch: int
+    """Videos a batch, which are the candidates: the run's number, or as many as there are."""
 
 
 @explaining_workers()
@@ -34,7 +36,7 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
 
     Clips, crops and colours are drawn as in training, and batches are as large, since the accuracy depends on how many
     candidates there are; dropout is off, and batch norm uses its running statistics. ValueError where the run has no
-    such task, or the test videos do not fill a batch.
+    such task.
     """
     if not (isinstance(run.config, Pretraining) and isinstance(run.model, PretrainingModel)):
         raise ValueError(f"{run.folder} was trained with labels: pretext tasks are those of a pretraining run")
@@ -45,7 +47,8 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
         raise ValueError(f"{run.folder} ({run.recipe}) regresses motion vectors, which has no accuracy")
     task.model = run.model.to(where).eval()
     channels_last(task.model)
-    sampler = EpochSampler(len(task.data), run.config.batch_size, seed=run.config.seed)
+    size = min(run.config.batch_size, len(task.data))
+    sampler = EpochSampler(len(task.data), size, seed=run.config.seed)
     loader = DataLoader(
         task.data,
         batch_sampler=sampler,
@@ -61,13 +64,13 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
             total += torch.stack(found)
     means = (100 * total / sampler.steps).tolist()
     metrics = {name: value for name, value in zip(names, means) if "accuracy" in name}
-    return Pretext(metrics, sampler.steps * run.config.batch_size, sampler.dropped)
+    return Pretext(metrics, sampler.steps * size, sampler.dropped, size)
 
 
-def protocol(run: Run) -> str:
+def protocol(batch: int) -> str:
     """How the accuracies are made, in one sentence; it is printed and stored with every number."""
     return (
-        f"one epoch over the test videos in batches of {run.config.batch_size}, clips, crops and colours drawn as in "
+        f"one epoch over the test videos in batches of {batch}, clips, crops and colours drawn as in "
         "training, dropout off, running statistics of batch norm; a clip's own I-frame among those of the batch, a "
         "motion point's own among those of the batch and of the further windows"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from eval.rows import Row, check, read
 from eval.rows import export as export_csv
+from preprocess.files import write_text
 
 if TYPE_CHECKING:
     from eval.plan import Data
@@ -57,8 +58,13 @@ def tables(
 
     if plan + run + bool(slurm) > 1:
         raise ValueError("--plan, --run and --slurm exclude each other")
+    if not seeds:
+        raise ValueError("--seeds names no seed: give one or more, such as --seeds 0 1 2")
     status, wanted = DONE, only or NINE
     at_hand = [planning.Data.parse(text) for text in data]
+    for d in at_hand:
+        if not d.shards.exists():
+            print(f"note: there are no shards in {d.shards} yet; python -m preprocess run makes them", file=sys.stderr)
 
     def missing() -> list[planning.Job]:
         flags = shlex.split(training), shlex.split(evaluation)
@@ -129,18 +135,15 @@ def report(
         previews = moving.previews(shard_set, np.array(places))
         if gallery:
             found = {}
-            for name, folder, weights in [
-                ("untrained", gallery[0], "initial"),
-                *((r.name, r, "last") for r in gallery),
-            ]:
+            runs_of = zip(retrieval.names(gallery), gallery)
+            for name, folder, weights in [("untrained", gallery[0], "initial"), *((n, r, "last") for n, r in runs_of)]:
                 loaded = features.load_run(folder, weights)
                 found[name] = retrieval.retrieve(loaded, shard_set, table, device=device, workers=workers)
             finds = moving.neighbours(shard_set, found)
             about = f"{dataset_name(manifest)}: {features.protocol(loaded.config, 'video')}."
     made = rendering.build(rows)
     text = reporting.page(made, rows, refused, runs, finds, previews, about)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    write_text(out, text)
     print(f"wrote {out}, {len(text) / 1e6:.1f} MB")
     return DONE
 

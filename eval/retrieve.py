@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,12 @@ class Retrieval:
     """Gallery rows by falling similarity, int64 (Q, k)."""
     recalls: dict[str, dict[int, float]]
     """For each labelling its R@k in percent; 'class', and for labels of the form context/motion each part too."""
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """What tables and pictures call some runs: their folders' names where these differ, else their paths."""
+    short = [folder.resolve().name for folder in folders]
+    return [str(folder) for folder in folders] if len({*short, "untrained"}) <= len(folders) else short
 
 
 def neighbours(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:

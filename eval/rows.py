@@ -23,15 +23,16 @@ import csv
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import re
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preprocess.files import replacing, write_text
 from train import runs
 from train.config import Config
 
@@ -95,13 +96,7 @@ def write(folder: Path, row: Row) -> Path:
     text = json.dumps(row, indent=1) + "\n"
     # The name is a hash of the content: concurrent writers never meet, and a file that was changed shows.
     path = folder / "results" / f"{row['kind']}-{_digest(text)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # process numbers repeat between machines
-    with open(partial, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    write_text(path, text)
     return path
 
 
@@ -161,8 +156,7 @@ def check(
 def export(found: Sequence[Row], path: Path) -> None:
     """Rows as CSV, a line a metric, without what is not a number or a text (confusions stay in the runs' folders)."""
     columns = [k for k in KEYS if k != "metrics"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as f:
+    with replacing(path) as partial, open(partial, "w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow([*columns, "metric", "value", "row"])
         for row in sorted(found, key=lambda r: (r["kind"], r["recipe"], r["seed"], r["dataset"], r["epoch"], r["id"])):
@@ -187,10 +181,15 @@ def _fault(row: Row) -> str:
         return f"{', '.join(missing)} missing"
     if row["kind"] not in KINDS:
         return f"its kind is {row['kind']!r}; there are {', '.join(KINDS)}"
+    if not isinstance(row["metrics"], dict):
+        return "its metrics are no object"
     numbers = {"seed": row["seed"], "epoch": row["epoch"], **row["metrics"]}
     wrong = [k for k in TEXTS if not isinstance(row[k], str)]
-    wrong += [k for k, v in numbers.items() if not isinstance(v, int | float) or v != v]
-    return f"{', '.join(wrong)} of a wrong type, or not a number" if wrong else ""
+    wrong += [k for k, v in numbers.items() if not isinstance(v, int | float) or not math.isfinite(v)]
+    if wrong:
+        return f"{', '.join(wrong)} of a wrong type, or not a number"
+    wrong = [f"{k} {v}" for k, v in row["metrics"].items() if not -1e-3 <= v <= 100 + 1e-3]
+    return f"{', '.join(wrong)}, which is no percentage" if wrong else ""
 
 
 def _read_json(path: Path) -> Row:
@@ -210,8 +209,11 @@ def _read_json(path: Path) -> Row:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    with open(path, newline="") as f:
-        lines = list(csv.DictReader(f))
+    try:
+        with open(path, newline="") as f:
+            lines = list(csv.DictReader(f))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV of results: {error}") from error
     wanted = {*KEYS, "metric", "value", "row"} - {"metrics"}
     if lines and set(lines[0]) != wanted:
         odd = sorted(wanted ^ {str(k) for k in lines[0]})
@@ -226,8 +228,10 @@ def _read_csv(path: Path) -> list[Row]:
             row |= {"seed": int(group[0]["seed"]), "epoch": float(group[0]["epoch"])}
             row["metrics"] = {line["metric"]: float(line["value"]) for line in group}
             row["id"] = identity(row)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: a line that was cut short
             row["fault"] = f"row {name} cannot be read ({error})"
+        if fault := "" if "fault" in row else _fault(row):
+            row["fault"] = f"row {name}: {fault}"
         if "fault" not in row and row["id"] != name:
             row["fault"] = f"row {name} was changed after it was written: its hash is {row['id']}"
         found.append(row)
@@ -240,7 +244,10 @@ def _settings(row: Row, recipes: Mapping[str, Any]) -> str:
     recipe = recipes.get(row["recipe"])
     if recipe is None:
         return f"no recipe is called {row['recipe']!r}"
-    wanted: Config = recipe.config.changed({"seed": row["seed"]})
+    try:
+        wanted: Config = recipe.config.changed({"seed": row["seed"]})
+    except ValueError as error:
+        return str(error)
     folder, which = Path(row["file"]).parent.parent, ""
     if (folder / "run.json").exists():
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from eval import svg
 from eval.cells import EPOCHS, FAMILIES, NINE, TITLES, Cell, cells, published
 from eval.rows import Row
+from preprocess.files import replacing, write_text
 from preprocess.manifest import Manifest
 from train.config import Pretraining
 from train.recipes import RECIPES
@@ -170,7 +171,7 @@ def document(tables: Sequence[Table], refused: Sequence[tuple[Row, str]]) -> str
 
 def write_csv(tables: Sequence[Table], path: Path) -> None:
     """A line a cell, with the rows (`rows.identity`) that it is made of."""
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         heads = (
             "table",
@@ -246,13 +247,12 @@ def _by_alpha(table: Table) -> list[svg.Series]:
 
 def write(tables: Sequence[Table], refused: Sequence[tuple[Row, str]], out: Path) -> list[Path]:
     """tables.md, tables.csv and a picture a plot; their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text(document(tables, refused), encoding="utf-8")
+    write_text(out / "tables.md", document(tables, refused))
     write_csv(tables, out / "tables.csv")
     paths = [out / "tables.md", out / "tables.csv"]
     for name, picture in plots(tables).items():
         paths.append(out / f"{name.replace(' ', '-')}.svg")
-        paths[-1].write_text(svg.standalone(picture), encoding="utf-8")
+        write_text(paths[-1], svg.standalone(picture))
     return paths
 
 

@@ -80,17 +80,27 @@ def manifest(
     folder: tyro.conf.Positional[Path],
     out: Path,
     kinetics: tuple[Path, ...] = (),
+    test_share: float = 0.0,
+    seed: int = 0,
 ) -> int:
     """Write a manifest of the videos in a folder; classes are folder names, or none where the folder is flat.
+
+    Training takes the rows of subset train, evaluation compares test with train: folders called train, val and test
+    above the classes say which is which, or --test-share does, or you fill in the column by hand.
 
     Args:
         folder: Folder to search for videos.
         out: CSV to write.
+        test_share: Share of each class that is drawn as its test videos, the others for training. Clips cut from one
+            recording belong on one side: then fill in the column by hand.
+        seed: Which random draw.
         kinetics: Official Kinetics annotation lists; the annotated videos that are missing from the folder are listed
             in OUT with the ending .missing.txt.
     """
     from preprocess import manifest as manifests
 
+    if kinetics and test_share:
+        raise ValueError("--kinetics has its own subsets: leave --test-share out")
     if kinetics:
         found = manifests.scan_kinetics(folder, *kinetics)
         found.manifest.write(out)
@@ -102,8 +112,11 @@ def manifest(
         )
         return DONE
     table = manifests.scan(folder)
+    if test_share:
+        table = table.divided(test_share, seed)
     table.write(out)
-    print(f"{len(table.paths)} videos of {len(table.classes)} classes in {out}")
+    counts = ", ".join(f"{table.subsets.count(s)} {s}" for s in manifests.SUBSETS if s and s in table.subsets)
+    print(f"{len(table.paths)} videos of {len(table.classes)} classes in {out}; {counts or 'no subsets'}")
     return DONE
 
 

@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from preprocess.files import write_text
+
 COLUMNS = ("path", "label", "subset")
 SUBSETS = ("train", "val", "test", "unused", "")
 VIDEO_EXTENSIONS = (
@@ -99,13 +101,37 @@ class Manifest:
         rows = [i for i, subset in enumerate(self.subsets) if subset == name]
         if not rows:
             present = ", ".join(f"{s!r} ({self.subsets.count(s)})" for s in SUBSETS if s in self.subsets)
-            raise ValueError(f"no row of the manifest has the subset {name!r}; it has {present}: ask for one of these")
+            raise ValueError(
+                f"no row of the manifest has the subset {name!r}; it has {present}: "
+                "write train and test into that column (shards stay as they are), or train with --subset all"
+            )
         return Manifest(
             tuple(self.paths[i] for i in rows),
             tuple(self.labels[i] for i in rows),
             tuple(self.subsets[i] for i in rows),
             self.classes,
         )
+
+    def divided(self, test_share: float, seed: int = 0) -> Manifest:
+        """A copy in which a share of each class, drawn at random, has the subset test, and the rest train.
+
+        ValueError where rows have a subset already, or the share leaves a class without one or the other.
+        """
+        if any(self.subsets):
+            raise ValueError("the videos have subsets already, those of their folders: leave the test share out")
+        if not 0 < test_share < 1:
+            raise ValueError(f"the test share is {test_share}; choose one between 0 and 1")
+        generator, subsets = np.random.default_rng(seed), np.full(len(self), "train", object)
+        for number in np.unique(self.label_numbers):
+            rows = np.flatnonzero(self.label_numbers == number)
+            count = round(test_share * len(rows))
+            if not 0 < count < len(rows):
+                raise ValueError(
+                    f"a share of {test_share} of the {len(rows)} videos labelled {self.labels[rows[0]]!r} is {count}, "
+                    "which leaves no test or no training video: choose another, or fill in the column by hand"
+                )
+            subsets[generator.permutation(rows)[:count]] = "test"
+        return Manifest(self.paths, self.labels, tuple(subsets))
 
     @classmethod
     def read(cls, path: StrPath) -> Manifest:
@@ -123,12 +149,7 @@ class Manifest:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(zip(self.paths, self.labels, self.subsets))
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(text.getvalue().encode("utf-8"))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(Path(path), text.getvalue())
 
 
 def dataset_name(path: StrPath) -> str:

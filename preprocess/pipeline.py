@@ -24,6 +24,7 @@ import joblib
 from tqdm import tqdm
 
 from preprocess.codec import Codec, CodecError, CodecLost, end_with_parent, plain
+from preprocess.files import replacing
 from preprocess.manifest import Manifest
 from preprocess.shards import Failure, Origin, Settings, Shard, shard_name
 from preprocess.writer import Spool, Video, write_shard
@@ -354,12 +355,13 @@ def write_failures(out: Path) -> list[Failure]:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # of several parts, the last to come sees every shard
         failures = [f for p in sorted(out.glob("shard-*.h5")) for f in Shard(p).failed]
-        new = out / ".failures.csv"
-        with open(new, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            replacing(out / "failures.csv") as partial,
+            open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(Failure._fields)
             writer.writerows(failures)
-        os.replace(new, out / "failures.csv")
     finally:
         os.close(folder)
     return failures

@@ -11,7 +11,6 @@ is read back from the shard: a picture that looks right says that frames, motion
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,6 +22,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from preprocess.draw import Image, arrows, colour_view, enlarge, wheel_legend
+from preprocess.files import replacing
 from preprocess.shards import INTRA, QUARTERS, Shard, ShardSet
 
 if TYPE_CHECKING:
@@ -97,22 +97,17 @@ def animation(shard_set: ShardSet, video: int, out_mp4: Path) -> Path:
         name, options = "mpeg4", {"qmin": "2", "qmax": "4"}
     rate = frame_rate(view.fps)
     out_mp4 = Path(out_mp4)
-    partial = _partial(out_mp4)
-    try:
-        with av.open(str(partial), "w", format="mp4") as container:
-            stream: Any = None
-            for t, picture in enumerate(_clip_pictures(view)):
-                if stream is None:
-                    stream = container.add_stream(name, rate=rate, options=options)
-                    stream.height, stream.width = picture.shape[:2]
-                    stream.pix_fmt = "yuv420p"
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts, frame.time_base = t, 1 / rate
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        os.replace(partial, out_mp4)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out_mp4) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream: Any = None
+        for t, picture in enumerate(_clip_pictures(view)):
+            if stream is None:
+                stream = container.add_stream(name, rate=rate, options=options)
+                stream.height, stream.width = picture.shape[:2]
+                stream.pix_fmt = "yuv420p"
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = t, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
     return out_mp4
 
 
@@ -233,12 +228,8 @@ class _Sheet:
         self._curve(view, rows + 3 * self.step + 14)
 
     def save(self, path: Path) -> Path:
-        partial = _partial(path)
-        try:
+        with replacing(path) as partial:
             self.figure.savefig(partial, format="png", dpi=DPI, facecolor="white")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     def _legends(self, view: _View, rows: int) -> None:
@@ -391,8 +382,3 @@ def _printable(text: str) -> str:
 def _shorten(text: str, most: int) -> str:
     """At most this many letters: the middle goes, because names differ in their ends."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[len(text) - (most - most // 2) :]}"
-
-
-def _partial(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.partial")

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from preprocess.files import replacing, write_text
 from preprocess.manifest import Manifest
 
 RENDERING = 1  # raise it whenever the pixels of a scene change: folders written before are then refused, not mixed
@@ -313,12 +314,8 @@ def encode(path: str | os.PathLike[str], frames: Image, codec: str | None = None
 
 def _make(scene: Scene, path: Path) -> None:
     """Render and encode one scene; what lies under the final name is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        encode(temporary, render(scene))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        encode(partial, render(scene))
 
 
 def _claim(root: Path, scenes: Scenes) -> None:
@@ -347,10 +344,7 @@ def _claim(root: Path, scenes: Scenes) -> None:
         return
     if (root / "videos").exists() or (root / MANIFEST_NAME).exists():
         raise ValueError(f"{root} holds videos but no {SETTINGS_NAME} that says what they are: give another folder")
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_suffix(".part")
-    temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, note)
+    write_text(note, json.dumps(wanted, indent=2) + "\n")
 
 
 def _codec() -> str:

@@ -50,6 +50,26 @@ def test_a_truncated_checkpoint_is_refused(saved: Path, keep: float) -> None:
         checkpoint.load(saved)
 
 
+def test_a_damaged_tensor_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, state(size=1000))
+    whole = bytearray(path.read_bytes())
+    weights = checkpoint.load(path)["model"]["weight"].numpy().tobytes()
+    place = whole.index(weights) + 100
+    whole[place] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged: \S+ in it does not fit its checksum"):
+        checkpoint.load(path)
+
+
+def test_weights_have_one_name_each(tmp_path: Path) -> None:
+    assert checkpoint.weights_path(tmp_path, "last") == tmp_path / "checkpoint.pt"
+    assert checkpoint.weights_path(tmp_path, "epoch-0005") == tmp_path / "epoch-0005.pt"
+    for name in ("checkpoint", "../other/checkpoint", "epoch-5", "initial"):
+        with pytest.raises(ValueError, match=r"there are no weights .* say last, or a kept epoch"):
+            checkpoint.weights_path(tmp_path, name)
+
+
 def test_a_missing_checkpoint_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist: has the run been started"):
         checkpoint.load(tmp_path / "checkpoint.pt")
@@ -135,7 +155,7 @@ def test_a_failed_write_leaves_the_checkpoint_before(saved: Path) -> None:
     for limit in (0, 1000, 50_000):  # at the beginning, in the middle of the tensors
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(OSError, match=r"checkpoint\.pt could not be written .* before it is kept. Make room"):
+            with pytest.raises(OSError, match=r"checkpoint\.pt could not be written .* before is kept. Make room"):
                 checkpoint.save(saved, state(size=10_000))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

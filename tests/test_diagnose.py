@@ -320,7 +320,7 @@ def test_a_run_is_diagnosed(
     options = ["--shards", scenes[0], "--manifest", scenes[1], "--device", "cpu", "--workers", "0"]
     assert evaluate(monkeypatch, "diagnose", "--run", out, *options, "--picture", picture) == 0
     said = capsys.readouterr().out
-    path = Path(said.split("stored in ")[1].strip())
+    path = Path(said.split("stored in ")[1].splitlines()[0])
     row = json.loads(path.read_text())
     assert path.parent == out / "results" and path.name.startswith("diagnosis-")
     assert (row["kind"], row["recipe"], row["queries"], row["gallery"]) == ("diagnosis", "small", 36, 48)

@@ -209,6 +209,12 @@ def test_trained_weights_are_those_of_the_checkpoint(run: Path, tmp_path: Path) 
         features.load_run(run, "epoch-0002")
     with pytest.raises(ValueError, match="holds no run"):
         features.load_run(tmp_path)
+    shutil.copytree(run, tmp_path / "mixed")
+    state = checkpoint.load(run / "checkpoint.pt")
+    other = json.dumps(json.loads(state["config"]) | {"seed": 5})
+    checkpoint.save(tmp_path / "mixed" / "checkpoint.pt", state | {"config": other})
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not of the run .* \(seed: 5 there, 0 here\)"):
+        features.load_run(tmp_path / "mixed")
 
 
 @pytest.mark.parametrize(("alpha", "network", "name"), [(0.0, "motion", "M-Network"), (1.0, "iframe", "I-Network")])
@@ -304,7 +310,7 @@ def test_neighbours_are_marked_by_what_they_share_with_their_query(
 ) -> None:
     drawn: list[Any] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, out: drawn.append(figure) or save(figure, out))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, out, **how: drawn.append(figure) or save(figure, out, **how))
     shards = ShardSet(tiny[0])
     if plain:
         monkeypatch.setattr(ShardSet, "classes", ["Lunges", "JumpingJack", "Archery", "TaiChi"])
@@ -342,6 +348,7 @@ def test_retrieve_prints_its_protocol_and_stores_the_number(
     assert evaluate(monkeypatch, "retrieve", *asked, *options) == 0 and picture.exists()
     said = capsys.readouterr().out
     assert said.startswith("8 queries, 12 in the gallery; M-Network, 10 evenly spread clips")
+    assert "R@1 by chance: context 50.0, motion 50.0, both 25.0" in said
     stored = json.loads(Path(said.split("stored in ")[1].strip()).read_text())
     assert stored["network"] == "motion"
     assert f"| {stored['metrics']['both R@20']:.1f} |" in said and stored["metrics"]["both R@20"] == 100
@@ -361,6 +368,9 @@ def test_compare_tells_runs_of_the_same_name_apart(
     names = [line.split("|")[1].strip() for line in said.splitlines()[2:5]]
     assert names == ["untrained", str(run), str(tmp_path / "joint")]
     assert "chance: context 50.0, motion 50.0, both 25.0" in said and picture.exists()
+    assert said.count("stored in ") == 3
+    assert evaluate(monkeypatch, "compare", *options) == 1
+    assert "nothing to compare: give the folders" in capsys.readouterr().err
 
 
 def test_a_damaged_frame_is_an_error_of_one_line(

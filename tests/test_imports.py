@@ -1,4 +1,4 @@
-"""Imports: eval -> train -> preprocess.{shards, draw, manifest}; stage 1 without torch, the rest without video."""
+"""Imports: eval -> train -> the shared part of preprocess; stage 1 without torch, the rest without video."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = {
     )
     for package in ("preprocess", "train", "eval")
 }
-SHARED = {"preprocess.shards", "preprocess.draw", "preprocess.manifest"}
+SHARED = {"preprocess.shards", "preprocess.draw", "preprocess.manifest", "preprocess.files"}
 """What of stage 1 the later stages may use."""
 
 BLOCK = """

@@ -32,6 +32,28 @@ def committed(name: str) -> Manifest:
     return Manifest.read(LISTS / name)
 
 
+# --- training and test videos ---
+
+
+@given(st.lists(st.sampled_from(["run", "jump", ""]), min_size=1, max_size=60), st.integers(0, 5), st.data())
+def test_a_share_of_each_class_is_for_tests(labels: list[str], seed: int, data: st.DataObject) -> None:
+    whole = Manifest(tuple(f"{n}.mp4" for n in range(len(labels))), tuple(labels), ("",) * len(labels))
+    share = data.draw(st.floats(0.05, 0.95))
+    counts = {label: (round(share * labels.count(label)), labels.count(label)) for label in set(labels)}
+    if not all(0 < test < all_ for test, all_ in counts.values()):
+        with pytest.raises(ValueError, match="leaves no test or no training video"):
+            whole.divided(share, seed)
+        return
+    made = whole.divided(share, seed)
+    assert (made.paths, made.labels) == (whole.paths, whole.labels)
+    assert set(made.subsets) == {"train", "test"}
+    for label, (test, _) in counts.items():
+        assert sum(x == (label, "test") for x in zip(made.labels, made.subsets)) == test
+    assert made == whole.divided(share, seed)
+    with pytest.raises(ValueError, match="have subsets already"):
+        made.divided(share)
+
+
 # --- the committed lists ---
 
 
@@ -335,11 +357,11 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "list.csv"
     Manifest(("old.avi",), ("A",), ("",)).write(file)
 
-    def full(self: Path, data: bytes) -> int:
+    def full(self: Path, *_: object, **__: object) -> int:
         self.open("wb").close()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
         Manifest(("new.avi",), ("A",), ("",)).write(file)
     assert Manifest.read(file).paths == ("old.avi",)

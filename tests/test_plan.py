@@ -21,7 +21,7 @@ from eval import execute, plan
 from eval.cells import NINE
 from eval.plan import Data, Job, Training
 from train import __main__ as training
-from train import cost, loop, trained
+from train import cost, loop, runs, trained
 from train.recipes import RECIPES
 
 Tiny = tuple[Path, Path]
@@ -49,11 +49,10 @@ def names(jobs: list[Job]) -> list[str]:
 def put_run(folder: Path, run: Training, epoch: float, trained_on: str = "ucf101_split1", **changes: Any) -> Path:
     """What a run leaves of itself, as far as a plan looks."""
     folder.mkdir(parents=True)
-    about = {"recipe": run.recipe, "seed": run.seed, "subset": "train", "trained_on": trained_on}
-    about |= {
-        "config_sha256": run.config.sha256(),
-        "pretrained": {"recipe": run.pretraining} if run.pretraining else {},
-    }
+    about: dict[str, Any] = {name: kind() for name, kind in runs.KEYS.items()}
+    about |= {"recipe": run.recipe, "seed": run.seed, "subset": "train", "trained_on": trained_on}
+    about |= {"config_sha256": run.config.sha256()}
+    about |= {"pretrained": {"recipe": run.pretraining} if run.pretraining else {}}
     (folder / "run.json").write_text(json.dumps(about | changes))
     (folder / "checkpoint.json").write_text(json.dumps({"epoch": epoch, "step": 1}))
     return folder

@@ -76,9 +76,15 @@ def test_what_has_no_accuracy_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     labelled = replace(regressing, config=tiny_config("small-scratch"))
     with pytest.raises(ValueError, match="was trained with labels"):
         pretext.pretext(labelled, shards, table)
-    large = untrained(tmp_path)
-    with pytest.raises(ValueError, match="do not fill one batch of 9"):
-        pretext.pretext(replace(large, config=large.config.changed({"batch_size": 9})), shards, table)
+
+
+def test_videos_that_do_not_fill_a_batch_are_a_smaller_one(tiny: Tiny, tmp_path: Path) -> None:
+    shards, table = ShardSet(tiny[0]), Manifest.read(tiny[1])
+    run = untrained(tmp_path)
+    small = pretext.pretext(replace(run, config=run.config.changed({"batch_size": 9})), shards, table, workers=0)
+    assert (small.videos, small.left, small.batch) == (8, 0, 8)
+    whole = pretext.pretext(replace(run, config=run.config.changed({"batch_size": 8})), shards, table, workers=0)
+    assert small == whole
 
 
 def test_the_command_stores_a_row(

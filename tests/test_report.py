@@ -25,10 +25,12 @@ from eval.cells import FAMILIES, NINE, published
 from eval.gallery import FOUND, HALF, MISSED
 from eval.retrieve import Retrieval
 from preprocess.shards import ShardSet
+from train import runs
 
 Tiny = tuple[Path, Path]
 NAMES = ["Biking", "Diving", "YoYo"]
 COUNTS = [[5, 0, 0], [1, 2, 1], [0, 0, 4]]
+ABOUT = {name: kind() for name, kind in runs.KEYS.items()}
 
 
 class Parsed(HTMLParser):
@@ -83,7 +85,7 @@ def page(pictures: tuple[list, list], tmp_path_factory: pytest.TempPathFactory) 
     for name in ("scenes-s0", "scenes-s1"):
         run = folder / "runs" / name
         run.mkdir(parents=True)
-        (run / "run.json").write_text(json.dumps({"recipe": "scenes", "trained_on": "scenes", "pretrained": {}}))
+        (run / "run.json").write_text(json.dumps(ABOUT | {"recipe": "scenes", "trained_on": "scenes"}))
         lines = [{"epoch": e, "context_accuracy": e / 60, "motion_accuracy": e / 90} for e in range(1, 61)]
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines) + '{"epoch": 61, "con')
     kept, refused = rows.check(stored(folder / "runs", fixtures((*NINE, *FAMILIES))))

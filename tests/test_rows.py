@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import re
 import signal
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import rows
+from train import runs
 from train.recipes import RECIPES
 
 HASH = "ab" * 32
@@ -225,10 +227,32 @@ def test_replaced_weights_are_named(tmp_path: Path) -> None:
     assert ["have been replaced since" in why for why in reasons(found)] == [True]
 
 
+@pytest.mark.parametrize("value", [math.inf, -1.0, 1e9, math.nan])
+def test_what_is_no_percentage_is_refused(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="top-1"):
+        rows.write(tmp_path, example(metrics={"top-1": value}))
+    csv = tmp_path / "rows.csv"
+    rows.write(tmp_path / "run", example())
+    rows.export(sound(rows.read([tmp_path / "run"])), csv)
+    csv.write_text(csv.read_text().replace("25.5", str(value)))
+    assert len(reasons(rows.read([csv]))) == 1
+
+
+def test_a_csv_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    rows.write(tmp_path / "run", example())
+    rows.export(sound(rows.read([tmp_path / "run"])), csv)
+    text = csv.read_text()
+    for end in range(text.index("\n") + 2, len(text) - 1, 7):
+        csv.write_text(text[:end])
+        assert sound(rows.read([csv])) == [], end
+
+
 def test_a_run_says_in_what_it_is_not_its_recipe(tmp_path: Path) -> None:
     config = RECIPES["scenes"].config.changed({"epochs": 3})
     rows.write(tmp_path, example(config_sha256=config.sha256()))
-    about = {"config": json.loads(config.to_json()), "config_sha256": config.sha256()}
+    about: dict[str, Any] = {name: kind() for name, kind in runs.KEYS.items()}
+    about |= {"config": json.loads(config.to_json()), "config_sha256": config.sha256()}
     (tmp_path / "run.json").write_text(json.dumps(about))
     (why,) = reasons(rows.read([tmp_path]))
     assert why.endswith("not those of the recipe scenes (epochs: 3 there, 60 here)")

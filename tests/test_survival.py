@@ -166,6 +166,51 @@ def test_a_learning_rate_that_explodes_is_an_error_of_one_line(
     assert "error: the " in errors and "at step" in errors and "Traceback" not in errors
 
 
+def test_weights_that_the_last_step_ruined_are_not_saved(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny_config(batch_size=12, epochs=1, optimiser=Optimiser(lr_per_sample=1e37, warmup_epochs=0))
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 1; the last checkpoint is kept"):
+        start(tiny, tmp_path, config)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def _train_for_long(tiny: Tiny, out: Path) -> None:
+    start(tiny, out, tiny_config(epochs=10_000))
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tiny: Tiny, tmp_path: Path) -> None:
+    first = multiprocessing.get_context("spawn").Process(target=_train_for_long, args=(tiny, tmp_path))
+    first.start()
+    try:
+        while not (tmp_path / "checkpoint.pt").exists():
+            assert first.is_alive()
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match="another process trains in"):
+            start(tiny, tmp_path, tiny_config(epochs=10_000))
+    finally:
+        first.kill()
+        first.join()
+    with loop.runs.hold(tmp_path):  # a killed one holds nothing
+        pass
+
+
+def test_a_folder_that_does_not_fit_together_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    start(tiny, tmp_path)
+    about = (tmp_path / "run.json").read_bytes()
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"holds checkpoint\.pt without the run\.json"):
+        start(tiny, tmp_path)
+    assert not (tmp_path / "run.json").exists()
+    (tmp_path / "run.json").write_bytes(about)
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    checkpoint.save(tmp_path / "checkpoint.pt", state | {"step": 1_000_000})
+    with pytest.raises(ValueError, match="is of step 1000000, and the run has 18"):
+        start(tiny, tmp_path)
+    for damaged in ("[]", "null", "{", "\xff", "{}", '{"recipe": 3}'):
+        (tmp_path / "run.json").write_text(damaged, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            start(tiny, tmp_path)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +222,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
     run_again(monkeypatch, 8, fill_disk)
     try:
-        with pytest.raises(OSError, match=r"checkpoint\.pt could not be written .* the checkpoint before it is kept"):
+        with pytest.raises(OSError, match=r"checkpoint\.pt could not be written .* what lay there before is kept"):
             start(tiny, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

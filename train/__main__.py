@@ -1,4 +1,4 @@
-"""Stage 2: shards -> weights (GPU or CPU; no video library).
+r"""Stage 2: shards -> weights (GPU or CPU; no video library).
 
     python -m train pretrain-ucf101-c3d --shards shards/ucf101 \
         --manifest data_manifests/ucf101_split1.csv --out runs/c3d
@@ -12,6 +12,7 @@ machines.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -119,7 +120,9 @@ def run(argv: list[str]) -> int:
         print(__doc__, file=to)
         print(f"recipes: {', '.join(RECIPES)}\npython -m train RECIPE --help shows every setting", file=to)
         if argv and not helping:
-            print(f"error: no recipe is called {argv[0]!r}", file=sys.stderr)
+            close = difflib.get_close_matches(argv[0], RECIPES, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            print(f"error: no recipe is called {argv[0]!r}{hint}", file=sys.stderr)
         return DONE if helping else USAGE
     recipe = RECIPES[argv[0]]
     missing = tyro.MISSING
@@ -140,6 +143,8 @@ def run(argv: list[str]) -> int:
     origin = Origin(argv[0], dataset_name(a.manifest), a.subset, pretrained)
     try:
         train(a.config, a.runtime, a.shards, rows, a.out, origin)
+        if not process():
+            print(f"done: weights in {a.out / 'checkpoint.pt'}; python -m eval --help says what to ask of them")
     except Terminated as stop:
         print(f"{process()}terminated: {stop}", file=sys.stderr)
         return TERMINATED

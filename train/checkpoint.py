@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from preprocess.files import replacing, write_text
+
 FORMAT = "context-motion-checkpoint"
 VERSION = 1
 KEYS: dict[str, type | tuple[type, ...]] = {"model": dict, "config": str, "step": int, "epoch": (int, float)}
 
 
 def weights_path(folder: Path, weights: str) -> Path:
-    """The file of a run's 'last' weights or of a kept epoch's."""
+    """The file of a run's 'last' weights or of a kept epoch's; ValueError for any other name."""
+    if weights != "last" and not re.fullmatch(r"epoch-\d{4,}", weights):
+        raise ValueError(f"there are no weights {weights!r}: say last, or a kept epoch such as epoch-0005")
     return folder / ("checkpoint.pt" if weights == "last" else f"{weights}.pt")
 
 
@@ -27,7 +31,7 @@ def sha256(weights: dict[str, torch.Tensor]) -> str:
     """Of a state dict: names and values, whatever the file around them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -36,23 +40,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     Raises OSError where writing fails (disk full); the checkpoint before it stays.
     """
-    partial = path.with_name(path.name + ".partial")
-    readable = {k: v for k, v in state.items() if isinstance(v, int | float | str)}
-    try:
-        with open(partial, "wb") as f:
+    with replacing(path) as partial, open(partial, "wb") as f:
+        try:
             torch.save({"format": FORMAT, "version": VERSION} | state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-        partial.write_text(json.dumps(readable, indent=1) + "\n")
-        os.replace(partial, path.with_suffix(".json"))
-    except (OSError, RuntimeError) as error:  # torch's writer turns some failed writes into RuntimeError
-        raise OSError(
-            f"{path} could not be written ({error}); the checkpoint before it is kept. Make room and run the same "
-            "command again"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        except RuntimeError as error:  # torch's writer makes it of some failed writes
+            raise OSError(error) from error
+    readable = {k: v for k, v in state.items() if isinstance(v, int | float | str)}
+    write_text(path.with_suffix(".json"), json.dumps(readable, indent=1) + "\n")
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -61,6 +55,9 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         raise ValueError(f"{path} does not exist: has the run been started, and saved its first epoch?")
     if not zipfile.is_zipfile(path):  # a zip file ends with its table of contents
         raise ValueError(f"{path} is truncated, or no checkpoint at all")
+    with zipfile.ZipFile(path) as archive:  # torch checks no sums
+        if damaged := archive.testzip():
+            raise ValueError(f"{path} is damaged: {damaged} in it does not fit its checksum")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:

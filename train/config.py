@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from train.draws import Cropping, Photometric, Sampling, at_least, one_of
+from train.draws import Cropping, Photometric, Sampling, at_least, one_of, positive
 
 MotionLoss = Literal["infonce", "mse", "cross_entropy"]
 
@@ -38,6 +38,10 @@ class Networks:
     head_out: int = 512
     """Width of the embeddings that are compared."""
 
+    def __post_init__(self) -> None:
+        for name in ("width", "iframe_width", "motion_width", "predictor_width", "head_hidden", "head_out"):
+            at_least(name, getattr(self, name), 1)
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -61,6 +65,8 @@ class Objective:
             raise ValueError(f"alpha is {self.alpha}; it weighs motion against context and lies within [0, 1]")
         one_of("motion_loss", self.motion_loss, ("infonce", "mse", "cross_entropy"))
         at_least("motion_bins", self.motion_bins, 2)
+        for name in ("context_temperature", "motion_temperature", "loss_scale"):
+            positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,9 @@ class Supervision:
         one_of("start", self.start, ("pretrained", "scratch"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; choose a share from 0 to below 1")
-        if self.motion_weight < 0:
-            raise ValueError(f"motion_weight is {self.motion_weight}; choose 0 (none) or more")
+        if self.motion_weight != 0:
+            positive("motion_weight", self.motion_weight)
+        positive("motion_temperature", self.motion_temperature)
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,14 @@ class Optimiser:
     """Gradients longer than this are shortened to it."""
     warmup_epochs: float = 5.0
     """Epochs over which the rate rises linearly, from 1 % of its height."""
+
+    def __post_init__(self) -> None:
+        one_of("name", self.name, ("sgd", "adamw"))
+        for name in ("lr_per_sample", "clip_norm"):
+            positive(name, getattr(self, name))
+        for name in ("weight_decay", "momentum", "warmup_epochs"):
+            if getattr(self, name) != 0:
+                positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -122,8 +137,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("size", "motion_size", "batch_size", "epochs"):
-            at_least(name, getattr(self, name), 1)
+        for name, least in (("size", 16), ("motion_size", 16), ("batch_size", 1), ("epochs", 1)):
+            at_least(name, getattr(self, name), least)
         at_least("seed", self.seed, 0)
 
     def to_json(self) -> str:
@@ -131,9 +146,9 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> Config:
-        """Raises ValueError naming the keys that are unknown or missing."""
+        """Raises ValueError naming the keys that are unknown, missing or of another type."""
         values = json.loads(text)
-        kind = TASKS.get(values.pop("task", None))
+        kind = TASKS.get(values.pop("task", None)) if isinstance(values, dict) else None
         if kind is None:
             raise ValueError(f"the configuration is of no known task; there are {', '.join(TASKS)}")
         return _build(kind, values, "config")
@@ -228,6 +243,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r}, where the keys {', '.join(known)} are wanted")
     if set(values) != set(known):
         raise ValueError(
             f"{where}: {sorted(set(values) ^ set(known))} unknown or missing; the keys are {', '.join(known)}"
@@ -238,5 +255,11 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         if factory is not dataclasses.MISSING:
             arguments[name] = _build(type(factory()), value, f"{where}.{name}")
         else:
-            arguments[name] = tuple(value) if isinstance(value, list) else value
+            value = tuple(value) if isinstance(value, list) else value
+            kind = type(known[name].default)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(
+                    f"{where}.{name} is {value!r}, where a value such as {known[name].default!r} is wanted"
+                )
+            arguments[name] = value
     return cls(**arguments)

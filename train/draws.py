@@ -286,6 +286,12 @@ def at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} is {value}; choose {least} or more")
 
 
+def positive(name: str, value: float) -> None:
+    """Zero, infinite and NaN are none."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; choose a number above 0")
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")

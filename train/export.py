@@ -18,7 +18,6 @@ the last three axes is a clip's feature. By hand, without this module:
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from preprocess.files import replacing
 from train import checkpoint, runs
 from train.augment import IMAGENET_MEAN, IMAGENET_STD
 from train.networks import VideoNetwork, build_video_network
@@ -58,17 +58,11 @@ def export(run: Run, out: Path) -> Path:
         "config_sha256": config.sha256(),
         "weights_sha256": checkpoint.sha256(weights),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    try:
-        save_file(weights, partial, {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)})
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, out)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{out} could not be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out) as partial:
+        try:
+            save_file(weights, partial, {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)})
+        except SafetensorError as error:
+            raise OSError(error) from error
     return out
 
 

@@ -68,6 +68,7 @@ def train(
     sampler = EpochSampler(len(data), config.batch_size, distributed.rank(), ranks, config.seed)
     total = config.epochs * sampler.steps
     begin_from(origin.pretrained, config, model)
+    held = runs.hold(out) if main else None  # closed, and so let go, when this function ends
     runs.claim(out, config, manifest, shard_set, origin, write=main)
     channels_last(model)
     distributed.synchronise_batch_norm(model)
@@ -83,6 +84,8 @@ def train(
         checkpoint.load_weights(model, state["model"], saved)
         checkpoint.load_optimiser(optimiser, state, saved)
         step, pending = state["step"], state["pending"]
+        if not 0 <= step <= total:
+            raise ValueError(f"{saved} is of step {step}, and the run has {total}: it is damaged")
     loader = DataLoader(
         data,
         batch_sampler=schedule(sampler, step, total),
@@ -153,6 +156,8 @@ def train(
                     bar.set_postfix_str(dense(line))
                     if bar.disable and end_of_epoch:  # not a terminal: a line an epoch for the log
                         print(dense(line), flush=True)
+            if saving or terminated:
+                check_weights(model, step)
             if (saving or terminated) and main:
                 state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "pending": pending}
                 state |= {"config": config.to_json(), "step": step, "epoch": step / sampler.steps}
@@ -166,6 +171,8 @@ def train(
                 waited, since, first = 0.0, time.monotonic(), step  # the time to save counts for no line
     if watch:
         watch.close()
+    if held:
+        held.close()
     return line
 
 
@@ -191,7 +198,16 @@ def begin_from(pretrained: runs.Pretrained | None, config: Config, model: nn.Mod
 
 
 def choose_device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """A device that is there, of a --device; ValueError for any other."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {name!r}: choose auto, cpu, cuda or cuda:1") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"torch sees no GPU here, and the device is {name!r}: choose cpu or auto")
+    return name
 
 
 def channels_last(network: nn.Module) -> None:
@@ -236,6 +252,14 @@ def check_finite(rows: np.ndarray, step: int) -> None:
             )
 
 
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise FloatingPointError where the last update made weights that are not finite, which no loss has met yet."""
+    if not nn.utils.get_total_norm(model.parameters()).isfinite():
+        raise FloatingPointError(
+            f"weights are not finite after step {step}; the last checkpoint is kept. Lower --optimiser.lr-per-sample"
+        )
+
+
 def dense(line: dict[str, float]) -> str:
     """A line of metrics for people: every task's loss, its accuracy in brackets."""
     tasks = []
@@ -272,7 +296,7 @@ def say(task: Task, sampler: EpochSampler, model: nn.Module, device: torch.devic
         f"{len(task.data)} videos ({task.about_data()}, {task.data.failed} failed in stage 1), {sampler.steps} steps "
         f"an epoch, {sampler.dropped} videos wait for another epoch each time\n"
         f"{parameters / 1e6:.2f} M parameters on {device}, {distributed.world_size()} processes\n"
-        + (f"going on at step {step} of {total}" if step else f"{total} steps")
+        + (f"{total} steps" if not step else f"going on at step {step} of {total}" if step < total else "has ended")
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -10,8 +11,9 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from preprocess.files import write_text
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.config import Config, flatten
@@ -19,6 +21,11 @@ from train.config import Config, flatten
 if TYPE_CHECKING:
     import torch
 
+KEYS: dict[str, type] = {
+    **dict.fromkeys(("recipe", "trained_on", "subset", "config_sha256", "manifest_sha256", "shards_sha256"), str),
+    **{"pretrained": dict, "classes": list, "seed": int, "config": dict},
+}
+"""What of run.json others read."""
 LIBRARIES = ("torch", "numpy", "h5py", "simplejpeg", "kornia")
 
 
@@ -58,6 +65,24 @@ class Origin:
 UNNAMED = Origin()
 
 
+def hold(out: Path) -> IO[str]:
+    """Keep every other process from training in `out` until the file that this returns is closed, or this process ends.
+
+    ValueError where another one trains there. A lock of POSIX: loader workers that outlive a killed trainer for a
+    moment do not hold it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    held = open(out / ".training", "w")
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.close()
+        raise ValueError(
+            f"another process trains in {out}: wait until it has ended, or choose another --out"
+        ) from error
+    return held
+
+
 def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, origin: Origin, write: bool = True) -> None:
     """Make `out` this run's folder: write its run.json, or check the one that is there.
 
@@ -81,8 +106,9 @@ def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, origi
                 f"{out} holds a run that began with other data ({'; '.join(differences)}): give it the manifest, the "
                 "subset, the shards and the pretrained run it began with, or choose another --out"
             )
+    elif (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out} holds checkpoint.pt without the run.json that says what made it: choose another --out")
     elif write:
-        out.mkdir(parents=True, exist_ok=True)
         values: dict[str, Any] = {
             "recipe": origin.recipe,
             "trained_on": origin.trained_on,
@@ -98,7 +124,7 @@ def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, origi
             "versions": {name: version(name) for name in LIBRARIES},
             "python": platform.python_version(),
         }
-        replace_text(path, json.dumps(values, indent=1) + "\n")
+        write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -107,9 +133,13 @@ def read(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{folder} holds no run ({path.name} is missing); give the --out of python -m train")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        about = json.loads(path.read_text())
+        wrong = [k for k, kind in KEYS.items() if not isinstance(about.get(k), kind)]
+    except (ValueError, AttributeError) as error:  # undecodable bytes and JSON are ValueErrors
         raise ValueError(f"{path} is damaged ({error}); the run cannot be told apart from others") from error
+    if wrong:
+        raise ValueError(f"{path} is damaged, or another program's: {', '.join(wrong)} missing or of another type")
+    return about
 
 
 def refuse_another(out: Path, there: Config, here: Config) -> None:
@@ -130,12 +160,13 @@ class Metrics:
         for text in path.read_text().splitlines() if path.exists() else []:
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:  # the line that a kill cut short
+                earlier = line["step"] <= step
+            except (ValueError, KeyError, TypeError):  # the line that a kill cut short
                 break
-            if line["step"] <= step:
+            if earlier:
                 kept.append(f"{text}\n")
                 self.last = line
-        replace_text(path, "".join(kept))
+        write_text(path, "".join(kept))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line and see it on the disk, before a checkpoint says that its steps are done."""
@@ -144,13 +175,6 @@ class Metrics:
             f.flush()
             os.fsync(f.fileno())
         self.last = line
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text)
-    os.replace(new, path)
 
 
 def git_commit() -> str:
