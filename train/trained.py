@@ -43,8 +43,8 @@ def load_run(folder: Path, weights: str = "last") -> Run:
         state = checkpoint.load(saved)
         if differences := config.differences(Config.from_json(state["config"])):
             raise ValueError(
-                f"{saved} is not of the run that {folder / 'run.json'} describes ({'; '.join(differences)}): one of the "
-                "two was put there from elsewhere"
+                f"{saved} is not of the run that {folder / 'run.json'} describes ({'; '.join(differences)}): one of "
+                "the two was put there from elsewhere"
             )
         checkpoint.load_weights(model, state["model"], saved)
         epoch = float(state["epoch"])
