@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -75,11 +76,11 @@ def hold(out: Path) -> IO[str]:
     held = open(out / ".training", "w")
     try:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        held.close()
-        raise ValueError(
-            f"another process trains in {out}: wait until it has ended, or choose another --out"
-        ) from error
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            held.close()
+            raise ValueError(f"another process trains in {out}: wait for its end, or choose another --out") from error
+        # Any other: a file system without locks, where nothing can be held.
     return held
 
 
