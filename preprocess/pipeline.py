@@ -35,6 +35,7 @@ Backend = Literal["processes", "dask"]
 LIBRARIES = ("av", "simplejpeg", "h5py", "numpy")
 FLOW_LIBRARIES = ("scikit-image", "scipy")
 POLL_SECONDS = 0.5
+LOG_SECONDS = 60.0  # between lines of progress where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
@@ -310,14 +311,16 @@ def _tell(work: Path, videos: int, frames: int, failures: int) -> None:
 
 @contextmanager
 def _progress(todo: list[Task]) -> Iterator[None]:
-    """A bar over all workers: videos done, frames a second, failures."""
+    """A bar over all workers, or in a job's log a line a minute: videos done, frames a second, failures."""
     done = threading.Event()
-    bar = tqdm(total=sum(len(t.paths) for t in todo), unit="video", disable=None, smoothing=0.05)
+    total = sum(len(t.paths) for t in todo)
+    bar = tqdm(total=total, unit="video", disable=None, smoothing=0.05)
     started = time.monotonic()
 
     def watch() -> None:
         seen: dict[int, list[int]] = {}
         finished: set[int] = set()
+        said = started
         while True:
             last = done.wait(POLL_SECONDS)
             for task in todo:
@@ -331,14 +334,17 @@ def _progress(todo: list[Task]) -> Iterator[None]:
                         counts = seen.setdefault(task.number, [0, 0, 0])
                         counts[0] = len(task.paths) - counts[2]
             videos, frames, failures = (sum(s[i] for s in seen.values()) for i in range(3))
-            bar.n = videos + failures
-            bar.set_postfix_str(f"{frames / (time.monotonic() - started):.0f} frames/s, {failures} failed")
+            now = time.monotonic()
+            how = f"{frames / (now - started):.0f} frames/s, {failures} failed"
+            if not bar.disable:
+                bar.n = videos + failures
+                bar.set_postfix_str(how)
+            elif now - said >= LOG_SECONDS:
+                print(f"{videos + failures} of {total} videos, {how}", file=sys.stderr, flush=True)
+                said = now
             if last:
                 return
 
-    if bar.disable:  # not a terminal: nothing to show, so nothing to watch
-        yield
-        return
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

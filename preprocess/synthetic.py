@@ -278,7 +278,7 @@ def write(folder: str | os.PathLike[str], scenes: Scenes, workers: int = 1) -> M
         parent.mkdir(parents=True, exist_ok=True)
     tasks = (joblib.delayed(_make)(scene, root / scene.path) for scene in missing)
     done = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks)
-    for _ in tqdm(done, total=len(missing), desc="scenes", unit="scene", disable=not missing):
+    for _ in tqdm(done, total=len(missing), desc="scenes", unit="scene", disable=None if missing else True):
         pass
     manifest = Manifest(
         paths=tuple(scene.path for scene in specs),

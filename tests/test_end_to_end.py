@@ -52,7 +52,8 @@ def test_from_scenes_to_a_retrieval_number(tmp_path: Path) -> None:
     assert trained.returncode == 0, trained.stderr
     assert "12 videos (0 too short, 0 failed in stage 1), 3 steps an epoch" in trained.stdout
     assert trained.stdout.count("clips/s") == 2  # not a terminal: a line an epoch
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.json", "checkpoint.pt", "metrics.jsonl", "run.json"]
+    left = [".training", "checkpoint.json", "checkpoint.pt", "metrics.jsonl", "run.json"]
+    assert sorted(p.name for p in run.iterdir()) == left
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "context_loss", "context_accuracy", "motion_loss", "motion_accuracy", "clips_per_second"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import resource
 import shutil
 import signal
@@ -315,6 +316,16 @@ def test_everything_done_with_status_0(pair: Path) -> None:
     done = subprocess.run(command, cwd=pair, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("1 shards made, 1 already there: 1 videos, 3 frames")
+
+
+def test_a_log_has_lines_of_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_video(tmp_path / "videos/a.mp4", FRAMES[:14])
+    monkeypatch.setattr(pipeline, "LOG_SECONDS", 0.0)
+    make_shards(tmp_path, tmp_path / "videos", ["a.mp4", "b.mp4"], settings=TINY, videos_per_shard=1)
+    said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"2 of 2 videos, \d+ frames/s, 1 failed", said[-1])
 
 
 def test_retry_failed_makes_only_shards_with_failures_anew(pair: Path) -> None:
