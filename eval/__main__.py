@@ -48,9 +48,10 @@ def retrieve(
     """
     from eval import features, gallery, rows
     from eval import retrieve as retrieval
+    from train.trained import load_run
 
     table, shard_set, dataset = _data(shards, manifest)
-    loaded = features.load_run(run, weights)
+    loaded = load_run(run, weights)
     found = retrieval.retrieve(loaded, shard_set, table, network, device=device, workers=workers)
     origin = rows.about(loaded, shard_set, table, dataset)
     path = rows.write(run, origin | retrieval.row(found, loaded.config, network))
@@ -87,10 +88,11 @@ def classify(
         workers: Processes that decode.
     """
     from eval import classify as recognition
-    from eval import features, rows
+    from eval import rows
+    from train.trained import load_run
 
     table, shard_set, dataset = _data(shards, manifest)
-    loaded = features.load_run(run, weights)
+    loaded = load_run(run, weights)
     found = recognition.classify(loaded, shard_set, table, device=device, workers=workers)
     origin = rows.about(loaded, shard_set, table, dataset)
     path = rows.write(run, origin | recognition.row(found, loaded.config))
@@ -127,13 +129,14 @@ def probe(
     """
     if not runs:
         raise ValueError("nothing to probe: give the folders of one or more runs")
-    from eval import features, rows
     from eval import probe as probing
+    from eval import rows
+    from train.trained import load_run
 
     table, shard_set, dataset = _data(shards, manifest)
     found, stored = {}, []
     for folder in runs:
-        loaded = features.load_run(folder, weights)
+        loaded = load_run(folder, weights)
         found[str(folder)] = probing.probe(loaded, shard_set, table, network, device=device, workers=workers)
         origin = rows.about(loaded, shard_set, table, dataset)
         for row in probing.found_rows(found[str(folder)], loaded.config, network):
@@ -186,6 +189,7 @@ def diagnose(
     from eval import features, rows
     from train.config import Config, Pretraining
     from train.draws import Sampling
+    from train.trained import load_run
 
     if (run is None) == (not module):
         raise ValueError("give a network to diagnose: --run RUN, or --module package.module:factory, and not both")
@@ -198,7 +202,7 @@ def diagnose(
         own = {"frames": frames, "stride": stride, "size": size, "out": out}
         if given := [f"--{name}" for name, value in own.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: a run has its own; they are for a --module")
-        loaded = features.load_run(run, weights)
+        loaded = load_run(run, weights)
         config, network, folder = loaded.config, features.part(loaded, "video"), run
         name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
     found = diagnosis.diagnose(network, config, shard_set, table, device=device, workers=workers)
@@ -242,9 +246,10 @@ def features(
         workers: Processes that decode.
     """
     from eval import features, rows
+    from train.trained import load_run
 
     table, shard_set, dataset = _data(shards, manifest)
-    loaded = features.load_run(run, weights)
+    loaded = load_run(run, weights)
     found, label, video = features.video_features(loaded, shard_set, table, network, device=device, workers=workers)
     about = rows.about(loaded, shard_set, table, dataset)
     about |= {"network": network, "protocol": features.protocol(loaded.config, network)}
@@ -273,13 +278,14 @@ def compare(
     """
     if not runs:
         raise ValueError("nothing to compare: give the folders of one or more runs")
-    from eval import features, gallery, rows
+    from eval import gallery, rows
     from eval import retrieve as retrieval
+    from train.trained import load_run
 
     table, shard_set, dataset = _data(shards, manifest)
     names, found, stored = retrieval.names(runs), {}, []
     for name, folder, weights in [("untrained", runs[0], "initial"), *((n, r, "last") for n, r in zip(names, runs))]:
-        loaded = features.load_run(folder, weights)
+        loaded = load_run(folder, weights)
         found[name] = retrieval.retrieve(loaded, shard_set, table, device=device, workers=workers)
         origin = rows.about(loaded, shard_set, table, dataset)
         stored.append(rows.write(folder, origin | retrieval.row(found[name], loaded.config, "video")))
@@ -309,11 +315,12 @@ def pretext(
         device: auto, cpu, cuda or cuda:1.
         workers: Processes that decode.
     """
-    from eval import features, rows
     from eval import pretext as tasks
+    from eval import rows
+    from train.trained import load_run
 
     table, shard_set, dataset = _data(shards, manifest)
-    loaded = features.load_run(run, weights)
+    loaded = load_run(run, weights)
     found = tasks.pretext(loaded, shard_set, table, device=device, workers=workers)
     what = {"kind": "pretext", "network": "video", "videos": found.videos, "metrics": found.metrics}
     origin = rows.about(loaded, shard_set, table, dataset)

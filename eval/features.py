@@ -19,9 +19,11 @@ from train import augment
 from train.config import Config
 from train.data import ClipSet, Modality
 from train.loop import channels_last, choose_device, explaining_workers, heed_only_parent
-from train.trained import Run, load_run  # noqa: F401  (load_run is part of this module)
+from train.trained import Run
 
 Network = Literal["video", "iframe", "motion"]
+Side = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Features float32 (V, C), class numbers int32 (V,) and shard-set positions int64 (V,) of some videos."""
 View = Callable[[Tensor, Tensor], Tensor]
 """Decoded clips (V, clips, ...) and the videos' rows of their data set (V,) -> clips of the same shape."""
 NETWORKS: dict[Network, str] = {"video": "V-Network", "iframe": "I-Network", "motion": "M-Network"}
@@ -63,11 +65,25 @@ def video_features(
     clips: int = CLIPS,
     device: str = "auto",
     workers: int = 2,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features float32 (V, C), class numbers int32 (V,) and shard-set positions int64 (V,) of a manifest's videos."""
+) -> Side:
+    """Features, class numbers and shard-set positions of a manifest's videos."""
     data = ClipSet(shards, manifest, run.config.sampling, clips, network)
     (found,) = over_clips(part(run, network), data, run.config, pooled, device=device, workers=workers)
     return found, data.label, data.video
+
+
+def sides(
+    run: Run, shards: ShardSet, manifest: Manifest, network: Network, *, device: str, workers: int
+) -> tuple[Side, Side]:
+    """What `video_features` gives of the manifest's test videos and of its training videos; ValueError where one of
+    them has no label."""
+    found = [
+        video_features(run, shards, manifest.subset(subset), network, device=device, workers=workers)
+        for subset in ("test", "train")
+    ]
+    if any((label < 0).any() for _, label, _ in found):
+        raise ValueError("these numbers need labels, and some videos of the manifest have none")
+    return found[0], found[1]
 
 
 def store(

@@ -91,12 +91,17 @@ def verdict(mine: str, theirs: str) -> str:
     return FOUND if mine == theirs else HALF if half else MISSED
 
 
+def middle_iframe(shard: Shard, index: int) -> int:
+    """Number of the I-frame in the middle of a shard's video, among all of the shard."""
+    first, end = np.searchsorted(shard.iframe_frame, shard.frame_offset[index : index + 2])
+    return int(first + (end - first) // 2)
+
+
 def _apart(shards: ShardSet, video: int) -> list[np.ndarray]:
     """Two frames, the I-frame before them, and the motion between them as arrows and as colours; uint8 (H, W, 3)."""
     shard, index = shards.locate(video)
-    first, end = (int(f) for f in shard.frame_offset[index : index + 2])
-    iframes = np.flatnonzero((shard.iframe_frame >= first) & (shard.iframe_frame < end))
-    iframe = int(iframes[len(iframes) // 2])
+    end = int(shard.frame_offset[index + 1])
+    iframe = middle_iframe(shard, index)
     start = int(shard.iframe_frame[iframe])
     last = min(start + APART, end - 1)
     settings = shard.settings

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 
-from eval.gallery import MARKS, label_name, spread, verdict
+from eval.gallery import MARKS, label_name, middle_iframe, spread, verdict
 from eval.retrieve import Retrieval
 from preprocess.draw import arrows, colour_view, enlarge
 from preprocess.shards import INTRA, QUARTERS, ShardSet
@@ -123,9 +123,7 @@ def previews(shards: ShardSet, videos: np.ndarray) -> list[Preview]:
     found = []
     for v in videos[spread(shards.label[videos], PREVIEWS)].tolist():
         shard, index = shards.locate(v)
-        first, end = (int(f) for f in shard.frame_offset[index : index + 2])
-        mine = np.flatnonzero((shard.iframe_frame >= first) & (shard.iframe_frame < end))
-        still = simplejpeg.decode_jpeg(shard.iframe_jpeg(int(mine[len(mine) // 2])), colorspace="RGB")
+        still = simplejpeg.decode_jpeg(shard.iframe_jpeg(middle_iframe(shard, index)), colorspace="RGB")
         pictures = {
             "clip": animation(*clip(shards, v)),
             "I-frame: the context": animation([_fit(still)], 1),

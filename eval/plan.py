@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from eval.cells import FAMILIES, NINE, STEMS, Cell, cells, trained_on
+from eval.features import CLIPS
 from eval.rows import Row
 from preprocess.manifest import Manifest, dataset_name
 from train import cost, runs
@@ -23,7 +24,6 @@ from train.config import Config
 from train.recipes import RECIPES
 
 VERBS = {"retrieval": "retrieve", "classification": "classify", "pretext": "pretext"}
-CLIPS = 10
 FORWARD = 1 / 3  # of a training step's operations, which are one forward pass and a backward of twice as many
 RECENT = 100  # lines of metrics whose clips per second count
 

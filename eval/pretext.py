@@ -36,7 +36,7 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
 
     Clips, crops and colours are drawn as in training, and batches are as large, since the accuracy depends on how many
     candidates there are; dropout is off, and batch norm uses its running statistics. ValueError where the run has no
-    such task.
+    such task, or there is one test video.
     """
     if not (isinstance(run.config, Pretraining) and isinstance(run.model, PretrainingModel)):
         raise ValueError(f"{run.folder} was trained with labels: pretext tasks are those of a pretraining run")
@@ -48,6 +48,8 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
     task.model = run.model.to(where).eval()
     channels_last(task.model)
     size = min(run.config.batch_size, len(task.data))
+    if size < 2:
+        raise ValueError("one test video has nothing to be told from: name a manifest with more test rows")
     sampler = EpochSampler(len(task.data), size, seed=run.config.seed)
     loader = DataLoader(
         task.data,

@@ -7,12 +7,11 @@ Legend: Q test videos, G training videos, C channels, K neighbours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from eval import rows
-from eval.features import Network, Run, protocol, video_features
+from eval.features import Network, Run, protocol, sides
 from eval.retrieve import labellings, neighbours
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
@@ -47,11 +46,8 @@ def probe(
     workers: int = 2,
 ) -> Probe:
     """k-NN and a linear probe of a run's features. ValueError where a video has no label, or one class is all."""
-    options: dict[str, Any] = {"device": device, "workers": workers}
-    queries, query_labels, _ = video_features(run, shards, manifest.subset("test"), network, **options)
-    gallery, gallery_labels, _ = video_features(run, shards, manifest.subset("train"), network, **options)
-    if (query_labels < 0).any() or (gallery_labels < 0).any():
-        raise ValueError("probes need labels, and some videos of the manifest have none")
+    test, train = sides(run, shards, manifest, network, device=device, workers=workers)
+    (queries, query_labels, _), (gallery, gallery_labels, _) = test, train
     order = neighbours(queries, gallery, max(KS))
     knn: dict[str, dict[int, float]] = {}
     linear: dict[str, float] = {}

@@ -123,6 +123,7 @@ def report(
     from eval import tables as rendering
     from preprocess.manifest import Manifest, dataset_name
     from preprocess.shards import ShardSet
+    from train.trained import load_run
 
     if (shards is None) != (manifest is None) or (gallery and shards is None):
         raise ValueError("moving clips need both --shards and --manifest")
@@ -137,7 +138,7 @@ def report(
             found = {}
             runs_of = zip(retrieval.names(gallery), gallery)
             for name, folder, weights in [("untrained", gallery[0], "initial"), *((n, r, "last") for n, r in runs_of)]:
-                loaded = features.load_run(folder, weights)
+                loaded = load_run(folder, weights)
                 found[name] = retrieval.retrieve(loaded, shard_set, table, device=device, workers=workers)
             finds = moving.neighbours(shard_set, found)
             about = f"{dataset_name(manifest)}: {features.protocol(loaded.config, 'video')}."

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from eval import rows
-from eval.features import CLIPS, Network, Run, protocol, video_features
+from eval.features import CLIPS, Network, Run, protocol, sides
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.config import Config
@@ -72,11 +71,8 @@ def retrieve(
     ks: Sequence[int] = KS,
 ) -> Retrieval:
     """Test rows of the manifest query its train rows, by the protocol of `eval.features.protocol`."""
-    options: dict[str, Any] = {"device": device, "workers": workers}
-    queries, query_labels, query = video_features(run, shards, manifest.subset("test"), network, **options)
-    gallery, gallery_labels, places = video_features(run, shards, manifest.subset("train"), network, **options)
-    if (query_labels < 0).any() or (gallery_labels < 0).any():
-        raise ValueError("retrieval scores need labels, and some videos of the manifest have none")
+    test, train = sides(run, shards, manifest, network, device=device, workers=workers)
+    (queries, query_labels, query), (gallery, gallery_labels, places) = test, train
     order = neighbours(queries, gallery, max(ks))
     recalls = {
         name: {k: recall(order, number[query_labels], number[gallery_labels], k) for k in ks}

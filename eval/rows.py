@@ -230,10 +230,11 @@ def _read_csv(path: Path) -> list[Row]:
             row["id"] = identity(row)
         except (ValueError, TypeError) as error:  # TypeError: a line that was cut short
             row["fault"] = f"row {name} cannot be read ({error})"
-        if fault := "" if "fault" in row else _fault(row):
-            row["fault"] = f"row {name}: {fault}"
-        if "fault" not in row and row["id"] != name:
-            row["fault"] = f"row {name} was changed after it was written: its hash is {row['id']}"
+        else:
+            if fault := _fault(row):
+                row["fault"] = f"row {name}: {fault}"
+            elif row["id"] != name:
+                row["fault"] = f"row {name} was changed after it was written: its hash is {row['id']}"
         found.append(row)
     return found
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LEFT = ".*.partial"
 
 
 @contextmanager
@@ -13,11 +16,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; once it is written, and on the disk, it takes the place of `path`.
 
     Where writing fails, what lay at `path` before is kept and nothing is left beside it. Raises OSError naming `path`,
-    and ValueError where `path` is something else than a file.
+    and ValueError where `path` is something else than a file. A process that is killed leaves `LEFT` behind.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is there, and no file that could be replaced: give the path of a file")
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # two processes, of any machines, never meet
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

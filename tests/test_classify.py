@@ -26,6 +26,7 @@ from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.loop import train
 from train.runs import Origin
+from train.trained import load_run
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ class Brightness(nn.Module):
 def test_softmax_scores_of_ten_clips_are_averaged(
     tiny: Tiny, supervised: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, table, shards = features.load_run(supervised), Manifest.read(tiny[1]), ShardSet(tiny[0])
+    loaded, table, shards = load_run(supervised), Manifest.read(tiny[1]), ShardSet(tiny[0])
     stand_in = Brightness()
     monkeypatch.setattr(classify, "check", lambda *_: None)
     found = classify.classify(replace(loaded, model=stand_in), shards, table, device="cpu", workers=0)  # type: ignore[arg-type]
@@ -127,7 +128,7 @@ def test_scores_do_not_depend_on_dropout_nor_on_the_batch(
     tiny: Tiny, supervised: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scores() -> np.ndarray:
-        loaded = features.load_run(supervised, "epoch-0001")
+        loaded = load_run(supervised, "epoch-0001")
         assert loaded.config.supervision.dropout > 0  # type: ignore[attr-defined]
         table, shards = Manifest.read(tiny[1]), ShardSet(tiny[0])
         return classify.classify(loaded, shards, table, device="cpu", workers=0).scores
@@ -140,7 +141,7 @@ def test_scores_do_not_depend_on_dropout_nor_on_the_batch(
 
 
 def test_scores_that_are_not_finite_are_no_result(tiny: Tiny, supervised: Path) -> None:
-    loaded = features.load_run(supervised)
+    loaded = load_run(supervised)
     loaded.model.classifier.weight.data.fill_(float("nan"))  # type: ignore[union-attr, operator]
     with pytest.raises(ValueError, match="not finite"):
         classify.classify(loaded, ShardSet(tiny[0]), Manifest.read(tiny[1]), device="cpu", workers=0)
@@ -151,11 +152,11 @@ def test_scores_that_are_not_finite_are_no_result(tiny: Tiny, supervised: Path) 
 
 def test_a_pretrained_run_has_no_classifier(tiny: Tiny, pretrained: Path) -> None:
     with pytest.raises(ValueError, match=r"no classifier.*--pretrained .*context.*python -m eval probe"):
-        classify.check(features.load_run(pretrained), ShardSet(tiny[0]).classes)
+        classify.check(load_run(pretrained), ShardSet(tiny[0]).classes)
 
 
 def test_other_classes_are_named(supervised: Path) -> None:
-    loaded = features.load_run(supervised)
+    loaded = load_run(supervised)
     mine = ["a/left", "a/right", "b/left", "b/right"]
     classify.check(loaded, mine)
     for classes, message in (
@@ -174,7 +175,7 @@ def test_videos_without_labels_cannot_be_scored(tiny: Tiny, supervised: Path, mo
     table = Manifest.read(tiny[1])
     nameless = Manifest(table.paths, ("",) * 20, table.subsets)
     with pytest.raises(ValueError, match="8 of 8 test videos have no label"):
-        classify.classify(features.load_run(supervised), shards, nameless)
+        classify.classify(load_run(supervised), shards, nameless)
 
 
 # ---- the command and the picture

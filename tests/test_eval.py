@@ -32,6 +32,7 @@ from train import checkpoint, data, loop, tasks
 from train.config import Objective, Runtime
 from train.model import PretrainingModel
 from train.runs import Origin
+from train.trained import load_run
 
 Tiny = tuple[Path, Path]
 RUNTIME = Runtime(device="cpu", loader_workers=0)
@@ -137,7 +138,7 @@ def test_ten_clips_reach_the_network_at_their_places(tiny: Tiny, run: Path, monk
         ).copy()
 
     monkeypatch.setattr(data, "decode_frames", numbered)
-    loaded = features.load_run(run)
+    loaded = load_run(run)
     loaded.model.video = recorder = Recorder()  # type: ignore[assignment]
     found = look(loaded, tiny)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in IMAGENET)
@@ -156,7 +157,7 @@ def test_ten_clips_reach_the_network_at_their_places(tiny: Tiny, run: Path, monk
 def test_features_do_not_depend_on_the_batch_nor_on_the_time(
     tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = features.load_run(run)
+    loaded = load_run(run)
     for network in ("video", "iframe", "motion"):
         found = look(loaded, tiny, network=network)
         assert found.dtype == np.float32 and found.shape == (8, 32) and np.isfinite(found).all()
@@ -165,11 +166,11 @@ def test_features_do_not_depend_on_the_batch_nor_on_the_time(
         monkeypatch.setattr(features, "VIDEOS_A_BATCH", 3)
         np.testing.assert_allclose(look(loaded, tiny, network=network), found, rtol=1e-4, atol=1e-5)
         monkeypatch.undo()
-    assert not np.allclose(look(loaded, tiny), look(features.load_run(run, "initial"), tiny))
+    assert not np.allclose(look(loaded, tiny), look(load_run(run, "initial"), tiny))
 
 
 def test_each_network_gives_features_of_its_own(tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = features.load_run(run)
+    loaded = load_run(run)
     shapes: dict[str, tuple[int, ...]] = {"video": (3, 8), "iframe": (3, 1), "motion": (2, 8)}
     networks: list[features.Network] = ["video", "iframe", "motion"]
     for network in networks:
@@ -193,28 +194,28 @@ def test_untrained_means_the_weights_before_the_first_step(
     with pytest.raises(KeyboardInterrupt):
         loop.train(tiny_config(seed=3), RUNTIME, tiny[0], Manifest.read(tiny[1]).subset("train"), tmp_path)
     torch.manual_seed(99)
-    untrained = features.load_run(tmp_path, "initial")
+    untrained = load_run(tmp_path, "initial")
     assert equal_states(untrained.model, caught) and untrained.epoch == 0
     with pytest.raises(ValueError, match="does not exist: has the run been started"):
-        features.load_run(tmp_path, "last")
+        load_run(tmp_path, "last")
 
 
 def test_trained_weights_are_those_of_the_checkpoint(run: Path, tmp_path: Path) -> None:
-    last = features.load_run(run)
+    last = load_run(run)
     assert equal_states(last.model, checkpoint.load(run / "checkpoint.pt")["model"]) and last.epoch == 1
-    kept = features.load_run(run, "epoch-0001")
+    kept = load_run(run, "epoch-0001")
     assert kept.weights_sha256() == last.weights_sha256()
-    assert features.load_run(run, "initial").weights_sha256() != last.weights_sha256()
+    assert load_run(run, "initial").weights_sha256() != last.weights_sha256()
     with pytest.raises(ValueError, match=r"epoch-0002\.pt does not exist"):
-        features.load_run(run, "epoch-0002")
+        load_run(run, "epoch-0002")
     with pytest.raises(ValueError, match="holds no run"):
-        features.load_run(tmp_path)
+        load_run(tmp_path)
     shutil.copytree(run, tmp_path / "mixed")
     state = checkpoint.load(run / "checkpoint.pt")
     other = json.dumps(json.loads(state["config"]) | {"seed": 5})
     checkpoint.save(tmp_path / "mixed" / "checkpoint.pt", state | {"config": other})
     with pytest.raises(ValueError, match=r"checkpoint\.pt is not of the run .* \(seed: 5 there, 0 here\)"):
-        features.load_run(tmp_path / "mixed")
+        load_run(tmp_path / "mixed")
 
 
 @pytest.mark.parametrize(("alpha", "network", "name"), [(0.0, "motion", "M-Network"), (1.0, "iframe", "I-Network")])
@@ -231,7 +232,7 @@ def test_a_network_the_run_lacks_is_an_error(
 
 
 def test_retrieval_finds_what_its_features_say(tiny: Tiny, run: Path) -> None:
-    loaded, table, shards = features.load_run(run), Manifest.read(tiny[1]), ShardSet(tiny[0])
+    loaded, table, shards = load_run(run), Manifest.read(tiny[1]), ShardSet(tiny[0])
     found = retrieve.retrieve(loaded, shards, table, device="cpu", workers=0, ks=(1, 5))
     assert [shards.paths[v] for v in found.query] == list(table.subset("test").paths)
     assert [shards.paths[v] for v in found.gallery] == list(table.subset("train").paths)
@@ -249,9 +250,9 @@ def test_retrieval_finds_what_its_features_say(tiny: Tiny, run: Path) -> None:
 
 def test_videos_without_labels_cannot_be_scored(tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nameless = np.zeros((4, 2), np.float32), np.array([0, -1, 0, 0]), np.arange(4)
-    monkeypatch.setattr(retrieve, "video_features", lambda *_, **__: nameless)
+    monkeypatch.setattr(features, "video_features", lambda *_, **__: nameless)
     with pytest.raises(ValueError, match="need labels"):
-        retrieve.retrieve(features.load_run(run), ShardSet(tiny[0]), Manifest.read(tiny[1]))
+        retrieve.retrieve(load_run(run), ShardSet(tiny[0]), Manifest.read(tiny[1]))
 
 
 def result(number: int = 0) -> Retrieval:
@@ -261,7 +262,7 @@ def result(number: int = 0) -> Retrieval:
 
 def test_a_result_says_where_it_came_from(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
-    loaded, shards, table = features.load_run(tmp_path / "run"), ShardSet(tiny[0]), Manifest.read(tiny[1])
+    loaded, shards, table = load_run(tmp_path / "run"), ShardSet(tiny[0]), Manifest.read(tiny[1])
     origin = rows.about(loaded, shards, table, "split")
     path = rows.write(tmp_path / "run", origin | retrieve.row(result(25), loaded.config, "video"))
     assert path.parent == tmp_path / "run" / "results"

@@ -48,6 +48,16 @@ def test_any_error_leaves_what_was_there(tmp_path: Path) -> None:
     assert path.read_text() == "old\n" and os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_two_writers_at_once_both_write_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with replacing(path) as one:
+        one.write_text("one")
+        with replacing(path) as two:
+            two.write_text("the second, which began later and ends sooner")
+        assert path.read_text().startswith("the second")
+    assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
+
+
 def test_only_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):

@@ -67,7 +67,7 @@ block("av", "mvextractor", "cv2", "torchcodec", "decord", "imageio")
 names, (shards, table, out, config) = sys.argv[5:], sys.argv[1:5]
 for name in names: importlib.import_module(name)
 from pathlib import Path
-from eval.features import load_run
+from train.trained import load_run
 from eval.retrieve import retrieve
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet

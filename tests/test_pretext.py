@@ -85,6 +85,10 @@ def test_videos_that_do_not_fill_a_batch_are_a_smaller_one(tiny: Tiny, tmp_path:
     assert (small.videos, small.left, small.batch) == (8, 0, 8)
     whole = pretext.pretext(replace(run, config=run.config.changed({"batch_size": 8})), shards, table, workers=0)
     assert small == whole
+    one = next(n for n, subset in enumerate(table.subsets) if subset == "test")
+    alone = Manifest((table.paths[one],), (table.labels[one],), ("test",))
+    with pytest.raises(ValueError, match="one test video has nothing to be told from"):
+        pretext.pretext(run, shards, alone, workers=0)
 
 
 def test_the_command_stores_a_row(

@@ -21,6 +21,7 @@ from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.loop import train
 from train.runs import Origin
+from train.trained import load_run
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_features_that_cannot_be_told_apart_score_the_commonest_class() -> None:
 
 def test_a_run_is_probed_in_every_labelling(tiny: Tiny, run: Path) -> None:
     table, shards = Manifest.read(tiny[1]), ShardSet(tiny[0])
-    loaded = features.load_run(run)
+    loaded = load_run(run)
     found = probe.probe(loaded, shards, table, device="cpu", workers=0)
     x = {
         s: features.video_features(loaded, shards, table.subset(s), device="cpu", workers=0)[0]
@@ -115,9 +116,9 @@ def test_a_run_is_probed_in_every_labelling(tiny: Tiny, run: Path) -> None:
 
 def test_videos_without_labels_cannot_be_probed(tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nameless = np.zeros((4, 2), np.float32), np.array([0, -1, 0, 0]), np.arange(4)
-    monkeypatch.setattr(probe, "video_features", lambda *_, **__: nameless)
-    with pytest.raises(ValueError, match="probes need labels"):
-        probe.probe(features.load_run(run), ShardSet(tiny[0]), Manifest.read(tiny[1]))
+    monkeypatch.setattr(features, "video_features", lambda *_, **__: nameless)
+    with pytest.raises(ValueError, match="need labels"):
+        probe.probe(load_run(run), ShardSet(tiny[0]), Manifest.read(tiny[1]))
 
 
 def test_the_command_stores_two_rows_a_run(tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -86,8 +86,7 @@ class Supervision:
         one_of("start", self.start, ("pretrained", "scratch"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; choose a share from 0 to below 1")
-        if self.motion_weight != 0:
-            positive("motion_weight", self.motion_weight)
+        at_least("motion_weight", self.motion_weight, 0)
         positive("motion_temperature", self.motion_temperature)
 
 
@@ -111,8 +110,7 @@ class Optimiser:
         for name in ("lr_per_sample", "clip_norm"):
             positive(name, getattr(self, name))
         for name in ("weight_decay", "momentum", "warmup_epochs"):
-            if getattr(self, name) != 0:
-                positive(name, getattr(self, name))
+            at_least(name, getattr(self, name), 0)
 
 
 @dataclass(frozen=True)

@@ -281,8 +281,8 @@ def nearest(iframes: np.ndarray, frame: float) -> int:
     return int(np.abs(iframes - frame).argmin())
 
 
-def at_least(name: str, value: int, least: int) -> None:
-    if value < least:
+def at_least(name: str, value: float, least: int) -> None:
+    if not least <= value < math.inf:  # NaN is not
         raise ValueError(f"{name} is {value}; choose {least} or more")
 
 

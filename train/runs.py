@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from preprocess.files import write_text
+from preprocess.files import LEFT, write_text
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.config import Config, flatten
@@ -80,7 +80,9 @@ def hold(out: Path) -> IO[str]:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             held.close()
             raise ValueError(f"another process trains in {out}: wait for its end, or choose another --out") from error
-        # Any other: a file system without locks, where nothing can be held.
+        return held  # a file system without locks, where nothing can be held
+    for left in out.glob(LEFT):  # by a trainer that was killed while it saved: as large as a checkpoint
+        left.unlink()
     return held
 
 

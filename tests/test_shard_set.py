@@ -1,0 +1,91 @@
+"""A folder of shards is one table, whole, of one origin, and the same in every process."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import pytest
+from test_shards import Written, assert_holds, write
+
+from preprocess.shards import Settings, ShardSet
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Written]:
+    """A set of three shards in tmp_path: two videos and a failure, one video, no video."""
+    return [
+        write(tmp_path, [14, 3], [("x", "y")], number=0, shards=3),
+        write(tmp_path, [25], number=1, shards=3, first_row=3),
+        write(tmp_path, [], [("z", "w")], number=2, shards=3, first_row=4),
+    ]
+
+
+def test_a_set_is_one_table(three: list[Written], tmp_path: Path) -> None:
+    shards = ShardSet(tmp_path)
+    assert len(shards) == 3 and shards.frames.tolist() == [14, 3, 25] and shards.label.tolist() == [-1, 0, -1]
+    assert shards.paths == [v.path for w in three for v in w.videos]
+    assert [(s.number, k) for s, k in map(shards.locate, range(3))] == [(0, 0), (0, 1), (1, 0)]
+    assert shards.failed == [f for w in three for f in w.failures]
+
+
+def test_an_unfinished_set_is_refused_naming_what_lacks(three: list[Written], tmp_path: Path) -> None:
+    three[1].path.unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 shards \(\[1\].*run the same"):
+        ShardSet(tmp_path)
+    with pytest.raises(ValueError, match="holds no shards"):
+        ShardSet(tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"options": Settings(width=64, height=34, quantiser=5)}, "settings.quantiser: 5 there, 2 here"),
+        ({"manifest": "1" * 64}, "manifest sha256"),
+        ({"shards": 4}, "shards: 4 there, 3 here"),
+    ],
+)
+def test_mixed_sets_are_refused_naming_what_differs(
+    three: list[Written], tmp_path: Path, options: dict, words: str
+) -> None:
+    write(tmp_path, [2], number=1, first_row=3, **({"shards": 3} | options))
+    with pytest.raises(ValueError, match=r"shard-00001.h5 does not belong with shard-00000.h5") as caught:
+        ShardSet(tmp_path)
+    assert words in str(caught.value)
+
+
+def read_everything(shards: ShardSet) -> list[int]:
+    """A checksum of every video, as a worker sees it."""
+    sums = []
+    for video in range(len(shards)):
+        shard, k = shards.locate(video)
+        start, end = shard.frame_offset[k : k + 2]
+        pictures = b"".join(bytes(shard.frame_jpeg(f)) for f in range(start, end))
+        sums.append(int(hashlib.sha256(pictures + shard.motion[start:end].tobytes()).hexdigest()[:12], 16))
+    return sums
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("used_before", [True, False])
+def test_a_set_reads_the_same_in_other_processes(
+    method: str, used_before: bool, three: list[Written], tmp_path: Path
+) -> None:
+    shards = ShardSet(tmp_path)
+    expected = read_everything(ShardSet(tmp_path))
+    if used_before:
+        assert read_everything(shards) == expected
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(read_everything, [shards, shards]) == [expected, expected]
+
+
+def test_pickling_carries_no_data(tmp_path: Path) -> None:
+    sizes = []
+    for name, lengths in ("short", [2, 2]), ("long", [400, 400]):
+        written = write(tmp_path / name, lengths)
+        shards = ShardSet(tmp_path / name)
+        read_everything(shards)
+        sizes.append(len(pickle.dumps(shards)))
+        assert_holds(pickle.loads(pickle.dumps(shards)).shards[0], written)
+    assert abs(sizes[1] - sizes[0]) < 200 and sizes[1] < 10_000
