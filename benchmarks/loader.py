@@ -46,6 +46,7 @@ from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
 from train import loop
 from train.data import EpochSampler, PretrainSet
+from train.device import channels_last
 from train.draws import Cropping, Photometric, Sampling
 from train.networks import build_video_network
 from train.recipes import RECIPES
@@ -249,7 +250,7 @@ def augmentation(data: PretrainSet, device: str, batch_size: int, size: int, tur
     """The last table: cropping and colouring all that a step needs, against C3D alone, forward, backward and update."""
     config = RECIPES["pretrain-ucf101-c3d"].config.changed({"size": size, "motion_size": size})
     network = build_video_network("c3d", config.networks.width).to(device).train()
-    loop.channels_last(network)
+    channels_last(network)
     optimiser = loop.make_optimiser(config.optimiser, network, torch.device(device))
     ways: dict[str, list[float]] = defaultdict(list)
     precision = torch.bfloat16 if device != "cpu" else torch.float32

@@ -39,6 +39,7 @@ from preprocess.shards import ShardSet
 from train import loop
 from train.config import Pretraining
 from train.data import EpochSampler, PretrainSet
+from train.device import channels_last
 from train.recipes import RECIPES
 from train.tasks import PretrainingTask
 
@@ -166,7 +167,7 @@ def ours(config: Pretraining, shards: ShardSet, device: torch.device, precision:
     """A step as `train.loop` takes it."""
     task = PretrainingTask(config, shards, None)
     model = task.model.to(device).train()
-    loop.channels_last(model)
+    channels_last(model)
     optimiser = loop.make_optimiser(config.optimiser, model, device)
     network: Any = torch.compile(model) if compiled else model
 

@@ -7,7 +7,6 @@ prints R@1, 5, 10 and 20 of the test videos among the training videos, and store
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from eval.publish import report, tables
+from preprocess.command import DONE, ended
 
 if TYPE_CHECKING:
     from preprocess.manifest import Manifest
     from preprocess.shards import ShardSet
-
-DONE, ERROR, INTERRUPTED = 0, 1, 130
 
 
 def retrieve(
@@ -359,19 +357,9 @@ def main() -> int:
         "tables": tables,
         "report": report,
     }
-    try:
-        status = tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # whoever read the output has seen enough: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return ended(
+        lambda: tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__), "interrupted"
+    )
 
 
 if __name__ == "__main__":

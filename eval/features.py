@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from preprocess.files import replacing
@@ -18,7 +17,8 @@ from preprocess.shards import Settings, ShardSet
 from train import augment
 from train.config import Config
 from train.data import ClipSet, Modality
-from train.loop import channels_last, choose_device, explaining_workers, heed_only_parent
+from train.device import channels_last, choose_device
+from train.loader import explaining_workers, make_loader
 from train.trained import Run
 
 Network = Literal["video", "iframe", "motion"]
@@ -132,13 +132,7 @@ def over_clips(
     where = torch.device(choose_device(device))
     module.to(where).eval()
     channels_last(module)
-    loader = DataLoader(
-        data,
-        VIDEOS_A_BATCH,
-        num_workers=workers,
-        pin_memory=where.type == "cuda",
-        worker_init_fn=heed_only_parent,
-    )
+    loader = make_loader(data, workers, where, batch_size=VIDEOS_A_BATCH)
     network, settings = data.modality, data.shards.settings
     found: list[Tensor] = []
     with torch.inference_mode():

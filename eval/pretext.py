@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eval.features import Run
@@ -13,7 +12,8 @@ from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.config import Pretraining
 from train.data import EpochSampler
-from train.loop import channels_last, choose_device, explaining_workers, heed_only_parent
+from train.device import channels_last, choose_device
+from train.loader import explaining_workers, make_loader
 from train.model import PretrainingModel
 from train.tasks import PretrainingTask
 
@@ -51,13 +51,7 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
     if size < 2:
         raise ValueError("one test video has nothing to be told from: name a manifest with more test rows")
     sampler = EpochSampler(len(task.data), size, seed=run.config.seed)
-    loader = DataLoader(
-        task.data,
-        batch_sampler=sampler,
-        num_workers=workers,
-        pin_memory=where.type == "cuda",
-        worker_init_fn=heed_only_parent,
-    )
+    loader = make_loader(task.data, workers, where, batch_sampler=sampler)
     total = torch.zeros(len(names), device=where)
     with torch.inference_mode():
         for batch in tqdm(loader, unit="batch", desc="pretext tasks", disable=None, leave=False):

@@ -8,7 +8,6 @@ that could not be stored. Run the same command again after any interruption: fin
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
@@ -18,9 +17,8 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
+from preprocess.command import DONE, ERROR, TERMINATED, WITH_FAILURES, ended
 from preprocess.shards import Settings
-
-DONE, ERROR, USAGE, WITH_FAILURES, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 
 def run(
@@ -198,20 +196,11 @@ def main() -> int:
         "info": info,
         "synthetic": synthetic,
     }
-    try:
-        status = tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m preprocess", description=__doc__)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # Whoever read our output has had enough (| head): end quietly, the flush at exit included.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ERROR
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ERROR
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
+    return ended(
+        lambda: tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m preprocess", description=__doc__),
+        "interrupted: run the same command again to go on",
+        (RuntimeError,),
+    )
 
 
 if __name__ == "__main__":

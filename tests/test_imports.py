@@ -17,7 +17,7 @@ MODULES = {
     )
     for package in ("preprocess", "train", "eval")
 }
-SHARED = {"preprocess.shards", "preprocess.draw", "preprocess.manifest", "preprocess.files"}
+SHARED = {"preprocess.shards", "preprocess.draw", "preprocess.manifest", "preprocess.files", "preprocess.command"}
 """What of stage 1 the later stages may use."""
 
 BLOCK = """

@@ -22,7 +22,7 @@ from conftest import ROOT, one_thread, tiny_config, train_command
 from running import RUNTIME, Tiny, assert_same_run, lines, run_again, start
 
 from train import __main__ as command
-from train import checkpoint, loop
+from train import checkpoint, loader, loop
 from train.config import Config, Optimiser
 from train.loop import Terminated
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
 
 def _worker(ready: Any) -> None:
-    loop.heed_only_parent(0)
+    loader.heed_only_parent(0)
     ready.set()
     time.sleep(600)
 

@@ -13,7 +13,6 @@ machines.
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from preprocess.command import DONE, TERMINATED, USAGE, ended, process, say
 from train.config import Finetuning, Pretraining, Runtime
-
-DONE, ERROR, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +88,8 @@ def export_run(run: tyro.conf.Positional[Path], out: Path, weights: str = "last"
 
 
 def main(argv: list[str]) -> int:
-    try:
-        status = run(argv)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # whoever read the output has seen enough: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{process()}error: {error}", file=sys.stderr)
-        return ERROR
-    except KeyboardInterrupt:
-        print(f"{process()}interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
+    again = "interrupted: the same command goes on from the last checkpoint"
+    return ended(lambda: run(argv), again, (FloatingPointError,))
 
 
 def run(argv: list[str]) -> int:
@@ -146,15 +133,9 @@ def run(argv: list[str]) -> int:
         if not process():
             print(f"done: weights in {a.out / 'checkpoint.pt'}; python -m eval --help says what to ask of them")
     except Terminated as stop:
-        print(f"{process()}terminated: {stop}", file=sys.stderr)
+        say(f"terminated: {stop}")
         return TERMINATED
     return DONE
-
-
-def process() -> str:
-    """Which of several processes speaks, before what it says; nothing for the first."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"process {rank}: "
 
 
 if __name__ == "__main__":

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from preprocess.manifest import Manifest
@@ -26,6 +21,8 @@ from preprocess.shards import ShardSet
 from train import checkpoint, distributed, runs
 from train.config import Config, Finetuning, Optimiser, Runtime
 from train.data import EpochSampler
+from train.device import channels_last, choose_device
+from train.loader import explaining_workers, make_loader
 from train.tasks import Task, make_task
 
 WARMUP_START = 0.01
@@ -86,13 +83,7 @@ def train(
         step, pending = state["step"], state["pending"]
         if not 0 <= step <= total:
             raise ValueError(f"{saved} is of step {step}, and the run has {total}: it is damaged")
-    loader = DataLoader(
-        data,
-        batch_sampler=schedule(sampler, step, total),
-        num_workers=runtime.loader_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=heed_only_parent,
-    )
+    loader = make_loader(data, runtime.loader_workers, device, batch_sampler=schedule(sampler, step, total))
     network: nn.Module = torch.compile(model) if runtime.compile else model  # type: ignore[assignment]
     if ranks > 1:
         network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
@@ -197,26 +188,6 @@ def begin_from(pretrained: runs.Pretrained | None, config: Config, model: nn.Mod
     checkpoint.load_weights(model.video, pretrained.video, pretrained.folder)  # type: ignore[arg-type]
 
 
-def choose_device(name: str) -> str:
-    """A device that is there, of a --device; ValueError for any other."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ValueError(f"there is no device {name!r}: choose auto, cpu, cuda or cuda:1") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"torch sees no GPU here, and the device is {name!r}: choose cpu or auto")
-    return name
-
-
-def channels_last(network: nn.Module) -> None:
-    """Lay the weights out as three-dimensional convolutions compute, on CPUs and on tensor cores alike."""
-    for weights in network.parameters():
-        if weights.dim() == 5:  # not those of the ConvGRU, whose convolutions have two dimensions
-            weights.data = weights.data.contiguous(memory_format=torch.channels_last_3d)
-
-
 def make_optimiser(o: Optimiser, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     fused = device.type == "cuda"
     if o.name == "adamw":
@@ -306,45 +277,3 @@ def schedule(sampler: EpochSampler, step: int, total: int) -> Iterator[list[tupl
         sampler.start_at(*divmod(step, sampler.steps))
         step += len(sampler)
         yield from sampler
-
-
-def heed_only_parent(_: int) -> None:
-    """For a loader's worker: Ctrl-C, and schedulers that stop a job, signal every process of it. The training process
-    alone decides when to end; its own SIGTERM ends its workers, anybody else's does not."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-            pass
-        os._exit(0)
-
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=wait, daemon=True).start()
-
-    def leave_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # The training process may end while it fetches a batch's memory from this one: that is no fault.
-        if not issubclass(kind, EOFError | ConnectionError):
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = leave_quietly
-
-
-@contextmanager
-def explaining_workers() -> Iterator[None]:
-    """What went wrong in a loader's worker in one line, where torch gives the traceback; a worker that died, as
-    ChildProcessError."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if "in DataLoader worker process" not in str(error):
-            raise
-        raise ValueError(str(error).rstrip().splitlines()[-1].partition(": ")[2]) from error
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise ChildProcessError(
-            f"{str(error).strip()} It is a process that decodes samples; probably memory ran out, or shared memory "
-            "(/dev/shm): use fewer of them, --loader-workers, or a smaller batch"
-        ) from error

@@ -1,0 +1,68 @@
+"""Batches from other processes: workers that decode, what they heed, and what is said when one of them is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+def make_loader(data: Dataset[Any], workers: int, device: torch.device, **batches: Any) -> DataLoader[Any]:
+    """Batches of `data`, decoded by so many processes (0: this one), for a device; `batches` says what a batch is."""
+    return DataLoader(
+        data,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=heed_only_parent,
+        **batches,
+    )
+
+
+def heed_only_parent(_: int) -> None:
+    """For a loader's worker: Ctrl-C, and schedulers that stop a job, signal every process of it. The training process
+    alone decides when to end; its own SIGTERM ends its workers, anybody else's does not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=wait, daemon=True).start()
+
+    def leave_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # The training process may end while it fetches a batch's memory from this one: that is no fault.
+        if not issubclass(kind, EOFError | ConnectionError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = leave_quietly
+
+
+@contextmanager
+def explaining_workers() -> Iterator[None]:
+    """What went wrong in a loader's worker in one line, where torch gives the traceback; a worker that died, as
+    ChildProcessError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "in DataLoader worker process" not in str(error):
+            raise
+        raise ValueError(str(error).rstrip().splitlines()[-1].partition(": ")[2]) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            f"{str(error).strip()} It is a process that decodes samples; probably memory ran out, or shared memory "
+            "(/dev/shm): use fewer of them, --loader-workers, or a smaller batch"
+        ) from error
