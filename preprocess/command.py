@@ -14,7 +14,7 @@ def ended(command: Callable[[], int], interrupted: str, errors: tuple[type[Excep
 
     ValueError, OSError and `errors` are told in one line, without a traceback; `interrupted` follows Ctrl-C.
     """
-    told = (ValueError, OSError, *errors)
+    told: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         status = command()
         sys.stdout.flush()
