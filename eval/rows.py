@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.files import replacing, write_text
 from train import runs
-from train.config import Config
+from train.config import Config, here_and_there
 
 if TYPE_CHECKING:
     from eval.features import Run
@@ -255,7 +255,7 @@ def _settings(row: Row, recipes: Mapping[str, Any]) -> str:
             made = runs.read(folder)
             if made["config_sha256"] != row["config_sha256"]:
                 return f"its settings (config_sha256) are not those of the run in {folder}"
-            which = "; ".join(wanted.differences(Config.from_json(json.dumps(made["config"]))))
+            which = here_and_there(wanted.differences(Config.from_json(json.dumps(made["config"]))))
         except (ValueError, KeyError) as error:
             return f"the run in {folder} cannot be read: {error}"
     if wanted.sha256() != row["config_sha256"]:

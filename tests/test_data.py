@@ -137,7 +137,7 @@ def test_a_sample_holds_what_was_drawn(shards: ShardSet) -> None:
 
 
 def test_the_current_window_lies_in_the_middle(shards: ShardSet) -> None:
-    sample = pretrain(shards, Sampling(period="current", avoid_iframes=False))[0, 1]
+    sample = pretrain(shards, Sampling(period="current"))[0, 1]
     _, clip = stamps(sample["clip"])
     vectors = sample["motion"][0, :, 0, 0, 0]
     expected = np.arange(clip[0] + 26, clip[0] + 34)  # 61 frames: 26, the 8, 27
@@ -191,11 +191,9 @@ def test_workers_change_nothing(shards: ShardSet, workers: int, context: str | N
     assert seen == [key for batch in sampler for key in batch]
 
 
-def test_short_videos_are_dropped_where_asked(shards: ShardSet) -> None:
-    data = pretrain(shards, Sampling(short_videos="drop"))
-    assert data.dropped == 4 and data.video.tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"none of 7 videos has the 161 frames.*short_videos=fit"):
-        pretrain(shards, Sampling(frames=31, stride=5, short_videos="drop"))
+def test_no_video_long_enough_is_an_error(shards: ShardSet) -> None:
+    with pytest.raises(ValueError, match=r"none of 7 videos has the 171 frames .* at stride 1 .*choose fewer frames"):
+        pretrain(shards, Sampling(frames=161))
 
 
 def test_a_manifest_selects_by_path(shards: ShardSet) -> None:

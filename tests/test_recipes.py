@@ -186,7 +186,7 @@ def test_an_ablation_is_one_changed_field() -> None:
     for name, recipe in RECIPES.items():
         assert len(recipe.changes()) == (1 if recipe.base else 0), name
         assert recipe.about.startswith(("Table", "Beside the paper"))
-    assert RECIPES["small-mse"].changes() == ["objective.motion_loss mse (infonce)"]
+    assert RECIPES["small-mse"].changes() == {"objective.motion_loss": ("mse", "infonce")}
     with pytest.raises(ValueError, match=r"no field is called objective\.beta"):
         RECIPES["small"].config.changed({"objective.beta": 1})
 

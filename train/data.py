@@ -79,10 +79,9 @@ class PretrainSet(Dataset[Sample]):
         self.dropped = int((~serves).sum())
         self.video = video[serves]
         if not len(self.video):
-            least = 1 if sampling.short_videos == "fit" else sampling.stride
             raise ValueError(
-                f"none of {len(video)} videos has the {sampling.needed(least)} frames that a clip at stride {least} "
-                "and its motion window need; choose fewer frames, a smaller stride, or short_videos=fit"
+                f"none of {len(video)} videos has the {sampling.needed(1)} frames that a clip at stride 1 and its "
+                "motion window need; choose fewer frames or motion_frames"
             )
         self.label = shards.label[self.video]
         self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
@@ -111,7 +110,7 @@ class PretrainSet(Dataset[Sample]):
         epoch, index = key
         s, rng = self.sampling, _generator(self.seed, epoch, index)
         shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
-        start, stride, window = draw_clip(rng, frames, s, iframes)
+        start, stride, window = draw_clip(rng, frames, s)
         iframe = draw_iframe(rng, iframes, start, start + s.span(stride) - 1, s.iframe_reach)
         width, height = shard.settings.width, shard.settings.height
         sample: Sample = {
@@ -124,7 +123,7 @@ class PretrainSet(Dataset[Sample]):
             "index": int(index),
             "label": int(self.label[index]),
         }
-        windows = [window, *draw_negatives(rng, frames, window, s, iframes)]
+        windows = [window, *draw_negatives(rng, frames, window, s)]
         sample |= _motion(shard, first, windows, s, sample, self.cropping, rng)
         return shard, first + start + stride * np.arange(s.frames), np.array([first_iframe + iframe]), sample
 
@@ -172,10 +171,10 @@ class FinetuneSet(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         s, rng = self.sampling, _generator(self.seed, epoch, index)
-        shard, first, frames, iframes, _ = _extent(self.shards, int(self.video[index]))
+        shard, first, frames, _, _ = _extent(self.shards, int(self.video[index]))
         serves = self.with_motion and largest_stride(frames, s) > 0
         if serves:
-            start, stride, window = draw_clip(rng, frames, s, iframes)
+            start, stride, window = draw_clip(rng, frames, s)
         else:
             start, stride = int(rng.integers(max(frames - s.span(s.stride), 0) + 1)), s.stride
         sample: Sample = {
@@ -187,7 +186,7 @@ class FinetuneSet(Dataset[Sample]):
             "label": int(self.label[index]),
         }
         if self.with_motion:
-            windows = [window, *draw_negatives(rng, frames, window, s, iframes)] if serves else []
+            windows = [window, *draw_negatives(rng, frames, window, s)] if serves else []
             sample |= {"serves": serves} | _motion(shard, first, windows, s, sample, self.cropping, rng)
         return sample
 

@@ -25,9 +25,9 @@ class Recipe:
     base: str = ""
     """The recipe that it differs from in one field."""
 
-    def changes(self) -> list[str]:
-        """The fields in which it differs from its base, as 'name value (base value)'."""
-        return self.config.changes(RECIPES[self.base].config) if self.base else []
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """The field in which it differs from its base: (its value, the base's)."""
+        return self.config.differences(RECIPES[self.base].config) if self.base else {}
 
 
 RECIPES: dict[str, Recipe] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from train import checkpoint, runs
-from train.config import Config
+from train.config import Config, here_and_there
 from train.model import FinetuningModel, PretrainingModel, build_model
 
 
@@ -41,10 +41,10 @@ def load_run(folder: Path, weights: str = "last") -> Run:
     if weights != "initial":
         saved = checkpoint.weights_path(folder, weights)
         state = checkpoint.load(saved)
-        if differences := config.differences(Config.from_json(state["config"])):
+        if differing := config.differences(Config.from_json(state["config"])):
             raise ValueError(
-                f"{saved} is not of the run that {folder / 'run.json'} describes ({'; '.join(differences)}): one of "
-                "the two was put there from elsewhere"
+                f"{saved} is not of the run that {folder / 'run.json'} describes ({here_and_there(differing)}): one "
+                "of the two was put there from elsewhere"
             )
         checkpoint.load_weights(model, state["model"], saved)
         epoch = float(state["epoch"])
