@@ -240,14 +240,11 @@ class ClipSet(Dataset[Sample]):
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one rank: a DataLoader's `batch_sampler`.
+    """Batches of (epoch, index) for one rank: a DataLoader's `batch_sampler`, for one epoch or for the steps `between`.
 
     An epoch is one shuffle of all videos, a function of (seed, epoch). It is cut into global batches, and each rank
     takes its slice of each; the `dropped` videos below one global batch wait for another epoch. So no video is seen
     twice in an epoch, and the global batches do not depend on the number of ranks.
-
-    Iterating gives the rest of the epoch that `start_at` named. A DataLoader runs ahead of the training step: the loop
-    that resumes must count its own steps and name them here.
 
     Raises ValueError where the batch cannot be dealt evenly, or is larger than the data set.
     """
@@ -261,23 +258,23 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"{n} videos do not fill one batch of {global_batch}; choose a batch of at most {n}")
         self.n, self.global_batch, self.rank, self.world, self.seed = n, global_batch, rank, world, seed
         self.steps, self.dropped = divmod(n, global_batch)
-        self.epoch = self.step = 0
-
-    def start_at(self, epoch: int, step: int = 0) -> None:
-        """The next iteration gives this epoch from this step on (0 = its beginning, `steps` = nothing left)."""
-        if epoch < 0 or not 0 <= step <= self.steps:
-            raise ValueError(f"epoch {epoch}, step {step}; an epoch has steps 0 to {self.steps}")
-        self.epoch, self.step = epoch, step
 
     def __len__(self) -> int:
-        return self.steps - self.step
+        return self.steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, share = self.epoch, self.global_batch // self.world
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-        for step in range(self.step, self.steps):
-            first = step * self.global_batch + self.rank * share
+        return self.between(0, self.steps)
+
+    def between(self, step: int, end: int) -> Iterator[list[tuple[int, int]]]:
+        """The batches of steps `step` to `end` of a run, through its epochs, so that no loader pauses between them."""
+        share, shuffled = self.global_batch // self.world, -1
+        while step < end:
+            epoch, number = divmod(step, self.steps)
+            if epoch != shuffled:
+                order, shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.n), epoch
+            first = number * self.global_batch + self.rank * share
             yield [(epoch, i) for i in order[first : first + share].tolist()]
+            step += 1
 
 
 def select(shards: ShardSet, manifest: Manifest | None) -> tuple[np.ndarray, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -147,34 +146,6 @@ def refuse_another(out: Path, there: Config, here: Config) -> None:
     """ValueError naming the fields in which the configuration of the run in `out` differs from this one."""
     if differing := here.differences(there):
         raise ValueError(f"{out} holds another run ({here_and_there(differing)}): choose another --out")
-
-
-class Metrics:
-    """JSON lines; on a restart the lines after the checkpoint are dropped, since those steps run again."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        self.last: dict[str, Any] = {}
-        """The latest line."""
-        kept = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-                earlier = line["step"] <= step
-            except (ValueError, KeyError, TypeError):  # the line that a kill cut short
-                break
-            if earlier:
-                kept.append(f"{text}\n")
-                self.last = line
-        write_text(path, "".join(kept))
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append a line and see it on the disk, before a checkpoint says that its steps are done."""
-        with open(self.path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        self.last = line
 
 
 def git_commit() -> str:
