@@ -159,6 +159,7 @@ def test_types_and_shapes_of_a_collated_batch(shards: ShardSet) -> None:
         "motion": ((3, 4, 8, 3, 4, 2), torch.int16),
         "motion_box": ((3, 4, 4), torch.float32),
         "motion_flip": ((3, 4), torch.bool),
+        "serves": ((3,), torch.bool),
         "index": ((3,), torch.int64),
         "label": ((3,), torch.int64),
     }
