@@ -226,6 +226,89 @@ def test_damaged_pictures_are_named(tmp_path: Path) -> None:
         decode_frames(shard, np.array([6, 7]))
 
 
+# ---- how what is drawn is distributed, seen in many samples of one video of 160 frames, 64 x 48 pixels
+
+MANY = 3000
+FEW = Sampling(frames=2, stride=60, motion_frames=2, negatives=2)  # a span of 61 frames, of which two are decoded
+# Of such boxes none is refused for leaving the frame.
+VIEWS = (Cropping(area=(0.1, 0.5), aspect=(0.8, 1.6), flip=0.3), Photometric(blur_p=0.6, jitter_p=0.7, grey_p=0.25))
+
+
+@pytest.fixture(scope="module")
+def drawn(shards: ShardSet) -> list[dict]:
+    data = PretrainSet(shards, some({PATHS[0]: ""}), FEW, *VIEWS, seed=11)
+    return [data[epoch, 0] for epoch in range(MANY)]
+
+
+def assert_uniform(values: np.ndarray, low: float = 0, high: float = 1) -> None:
+    """Kolmogorov and Smirnov's distance from the uniform distribution; a fair draw exceeds this once in 2,000."""
+    expected = (np.sort(values.ravel()) - low) / (high - low)
+    steps = np.arange(1, expected.size + 1) / expected.size
+    distance = max((steps - expected).max(), (expected - steps + 1 / expected.size).max())
+    assert distance * expected.size**0.5 < 1.95, distance
+
+
+def assert_independent(*columns: np.ndarray) -> None:
+    """No two of them correlate; a fair draw exceeds this once in 16,000 pairs."""
+    found = np.corrcoef(np.stack(columns).astype(float)) - np.eye(len(columns))
+    assert np.abs(found).max() < 4 / len(columns[0]) ** 0.5, found
+
+
+def test_boxes_are_drawn_as_they_are_said_to_be(drawn: list[dict]) -> None:
+    """Area uniform, aspect in pixels log-uniform, place uniform across and down, each by itself."""
+    boxes = np.stack([[s["clip_box"], s["iframe_box"], *s["motion_box"][1:]] for s in drawn]).astype(float)
+    x0, y0, x1, y1 = boxes.reshape(-1, 4).T
+    w, h = x1 - x0, y1 - y0
+    across, down = x0 / (1 - w), y0 / (1 - h)
+    assert_uniform(w * h, 0.1, 0.5)
+    assert_uniform(np.log((64 * w) / (48 * h)), np.log(0.8), np.log(1.6))
+    assert_uniform(across)
+    assert_uniform(down)
+    assert_independent(w * h, np.log(w / h), across, down)
+    assert_independent(*boxes[:, :, 0].T)  # of clip, I-frame and two windows
+
+
+def test_flips_come_at_their_rate_each_by_itself(drawn: list[dict]) -> None:
+    flips = np.array([[s["clip_flip"], s["iframe_flip"], *s["motion_flip"][1:]] for s in drawn])
+    np.testing.assert_allclose(flips.mean(0), 0.3, atol=4 * (0.3 * 0.7 / MANY) ** 0.5)
+    assert_independent(*flips.T)
+    assert all(s["motion_flip"][0] == s["clip_flip"] for s in drawn)
+
+
+def test_colours_are_drawn_as_they_are_said_to_be(drawn: list[dict]) -> None:
+    photo = np.stack([[s["clip_photo"], s["iframe_photo"]] for s in drawn]).astype(float)
+    for column in photo.T:
+        assert_independent(*column)  # of clip and I-frame
+    blurred, jittered, grey = photo[..., 0] > 0, photo[..., 4] != 0, photo[..., 5] > 0
+    rates = [x.mean() for x in (blurred, jittered, grey)]
+    np.testing.assert_allclose(rates, [0.6, 0.7, 0.25], atol=4 * (0.25 / MANY / 2) ** 0.5)
+    assert_independent(blurred.ravel(), jittered.ravel(), grey.ravel())
+    assert_uniform(photo[blurred][:, 0], 0.1, 2)
+    for column, strength, middle in ((1, 0.4, 1), (2, 0.4, 1), (3, 0.4, 1), (4, 0.1, 0)):
+        assert_uniform(photo[jittered][:, column], middle - strength, middle + strength)
+    assert_independent(*photo[jittered][:, 1:5].T)
+    assert (photo[~jittered][:, 1:5] == [1, 1, 1, 0]).all()
+
+
+def test_iframes_are_drawn_from_the_whole_clip_and_its_reach(drawn: list[dict]) -> None:
+    places: dict[int, list[int]] = {5: [], 6: []}  # of so many that are near, which
+    for sample in drawn:
+        first, last = (read_stamp(p)[1] for p in sample["clip"])
+        assert last - first == 60
+        near = [k for k in range(0, COUNTS[0], 12) if first - 5 <= k <= last + 5]
+        places[len(near)].append(near.index(read_stamp(sample["iframe"])[1]))
+    for count, chosen in places.items():
+        rates = np.bincount(chosen, minlength=count) / len(chosen)
+        np.testing.assert_allclose(rates, 1 / count, atol=4 * (1 / count / len(chosen)) ** 0.5)
+
+
+def test_the_first_video_is_not_drawn_as_its_epoch_is_shuffled(drawn: list[dict]) -> None:
+    starts = [read_stamp(s["clip"][0])[1] for s in drawn]
+    assert_uniform(np.array(starts) + np.random.default_rng(0).random(MANY), 0, 160 - 65 + 1)
+    same_stream = [int(np.random.default_rng([11, epoch]).integers(160 - 65 + 1)) for epoch in range(MANY)]
+    assert np.mean([a == b for a, b in zip(starts, same_stream)]) < 0.05
+
+
 # ---- evaluation and fine-tuning
 
 
