@@ -80,8 +80,10 @@ def test_the_finetuning_loss_by_hand(tiny: Tiny) -> None:
     assert float(parts["class_loss"]) == pytest.approx(expected)
     assert float(parts["motion_loss"]) == pytest.approx(motion)
     assert float(loss) == pytest.approx(expected + 0.3 * motion)
-    right = np.mean([int(np.argmax(row)) == label for row, label in zip(scores.tolist(), labels)])
-    assert float(parts["class_accuracy"]) == pytest.approx(right)
+    right = [int(np.argmax(row)) == label for row, label in zip(scores.tolist(), labels)]
+    assert float(parts["class_accuracy"]) == pytest.approx(np.mean(right))
+    nearest = [max(columns, key=lambda k: float(found.predicted[r] @ keys[k])) for r in rows]
+    assert float(parts["motion_accuracy"]) == pytest.approx(np.mean([k == r for k, r in zip(nearest, rows)]))
 
 
 # ---- what the networks give to the losses

@@ -19,11 +19,9 @@ from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
 from train import checkpoint, tasks
 from train.config import Config, Objective, Optimiser
-from train.data import PretrainSet
 from train.loop import train
 from train.model import PretrainingModel
 from train.optimiser import learning_rate, make_optimiser
-from train.tasks import PretrainingTask
 
 
 class Fixed:
@@ -86,31 +84,6 @@ def test_both_losses_fall(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monkey
     for task in ("context", "motion"):
         early, late = ([line[f"{task}_loss"] for line in part] for part in (found[:4], found[-4:]))
         assert np.mean(late) < 0.95 * np.mean(early), task
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_only_parts_with_a_weight_exist_and_all_of_them_learn(tiny: Tiny, alpha: float) -> None:
-    config = tiny_config(objective=Objective(alpha=alpha))
-    shards = ShardSet(tiny[0])
-    data = PretrainSet(shards, None, config.sampling, config.cropping, config.photometric)
-    batch = torch.utils.data.default_collate([data[0, i] for i in range(4)])
-    task = PretrainingTask(config, shards, None)
-    model = PretrainingModel(config)
-    context, motion = {"iframe", "clip_head", "iframe_head"}, {"motion"}
-    assert {name for name, _ in model.named_children()} == (
-        {"video"} | (context if alpha < 1 else set()) | (motion if alpha > 0 else set())
-    )
-    clip, iframe, windows = task.inputs(batch)
-    assert clip.shape == (4, 3, 8, 32, 32)
-    assert iframe is None if alpha == 1 else iframe.shape == (4, 3, 1, 32, 32)
-    assert windows is None if alpha == 0 else windows.shape == (4, 2, 2, 8, 32, 32)
-    loss, parts = task.loss(model, (clip, iframe, windows), batch)
-    loss.backward()
-    found = {"context_loss": 0.0, "motion_loss": 0.0} | {name: float(p.detach()) for name, p in parts.items()}
-    assert float(loss.detach()) == pytest.approx(
-        2 * ((1 - alpha) * found["context_loss"] + alpha * found["motion_loss"])
-    )
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_learning_rate_by_hand() -> None:
