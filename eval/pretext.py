@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from eval.features import Run
-from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
+from eval.features import AUTO, Machine, Run
+from eval.results import Data, Row
 from train.config import Pretraining
 from train.data import EpochSampler
 from train.device import channels_last, choose_device
@@ -29,10 +28,26 @@ class Pretext:
     batch: int
     """Videos a batch, which are the candidates: the run's number, or as many as there are."""
 
+    @property
+    def protocol(self) -> str:
+        return (
+            f"one epoch over the test videos in batches of {self.batch}, clips, crops and colours drawn as in "
+            "training, dropout off, running statistics of batch norm; a clip's own I-frame among those of the batch, a "
+            "motion point's own among those of the batch and of the further windows"
+        )
+
+    def records(self) -> list[Row]:
+        about = {"kind": "pretext", "network": "video", "videos": self.videos, "protocol": self.protocol}
+        return [about | {"metrics": self.metrics}]
+
+    def markdown(self, title: str) -> str:
+        lines = [f"{self.videos} test videos, {self.left} left over; {self.protocol}", title]
+        return "\n".join([*lines, *(f"{name} {value:.1f} %" for name, value in self.metrics.items())])
+
 
 @explaining_workers()
-def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "auto", workers: int = 2) -> Pretext:
-    """One epoch of the run's own task over the manifest's test videos, without learning.
+def measure(run: Run, data: Data, machine: Machine = AUTO) -> Pretext:
+    """One epoch of the run's own task over the test videos, without learning.
 
     Clips, crops and colours are drawn as in training, and batches are as large, since the accuracy depends on how many
     candidates there are; dropout is off, and batch norm uses its running statistics. ValueError where the run has no
@@ -40,10 +55,10 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
     """
     if not (isinstance(run.config, Pretraining) and isinstance(run.model, PretrainingModel)):
         raise ValueError(f"{run.folder} was trained with labels: pretext tasks are those of a pretraining run")
-    where = torch.device(choose_device(device))
-    task = PretrainingTask(run.config, shards, manifest.subset("test"))
-    names = [c.replace("_", " ") for c in task.columns]
-    if not any("accuracy" in name for name in names):
+    where = torch.device(choose_device(machine.device))
+    task = PretrainingTask(run.config, data.shards, data.manifest.subset("test"))
+    columns = [c.replace("_", " ") for c in task.columns]
+    if not any("accuracy" in name for name in columns):
         raise ValueError(f"{run.folder} ({run.recipe}) regresses motion vectors, which has no accuracy")
     task.model = run.model.to(where).eval()
     channels_last(task.model)
@@ -51,22 +66,13 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
     if size < 2:
         raise ValueError("one test video has nothing to be told from: name a manifest with more test rows")
     sampler = EpochSampler(len(task.data), size, seed=run.config.seed)
-    loader = make_loader(task.data, workers, where, batch_sampler=sampler)
-    total = torch.zeros(len(names), device=where)
+    loader = make_loader(task.data, machine.workers, where, batch_sampler=sampler)
+    total = torch.zeros(len(columns), device=where)
     with torch.inference_mode():
         for batch in tqdm(loader, unit="batch", desc="pretext tasks", disable=None, leave=False):
             batch = {k: v.to(where, non_blocking=True) for k, v in batch.items()}
             _, found = task.loss(task.model, task.inputs(batch), batch)
             total += torch.stack(found)
     means = (100 * total / sampler.steps).tolist()
-    metrics = {name: value for name, value in zip(names, means) if "accuracy" in name}
+    metrics = {name: value for name, value in zip(columns, means) if "accuracy" in name}
     return Pretext(metrics, sampler.steps * size, sampler.dropped, size)
-
-
-def protocol(batch: int) -> str:
-    """How the accuracies are made, in one sentence; it is printed and stored with every number."""
-    return (
-        f"one epoch over the test videos in batches of {batch}, clips, crops and colours drawn as in "
-        "training, dropout off, running statistics of batch norm; a clip's own I-frame among those of the batch, a "
-        "motion point's own among those of the batch and of the further windows"
-    )
