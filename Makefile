@@ -33,7 +33,7 @@ demo-all: demo
 	$(PY) -m train scenes-context $(SCENES) --out $(OUT)/context
 	$(PY) -m train scenes-motion $(SCENES) --out $(OUT)/motion
 	$(PY) -m eval compare $(OUT)/joint $(OUT)/context $(OUT)/motion $(SCENES) --picture $(OUT)/demo.png
-	$(PY) -m eval diagnose --run $(OUT)/joint $(SCENES) --picture $(OUT)/diagnosis.png
+	$(PY) -m eval diagnose $(OUT)/joint $(SCENES) --picture $(OUT)/diagnosis.png
 	$(PY) -m eval report --runs $(OUT) --gallery $(OUT)/joint $(OUT)/context $(OUT)/motion $(SCENES) --out $(OUT)/report.html
 
 test: $(VENV)/ready

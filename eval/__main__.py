@@ -1,365 +1,366 @@
 """Stage 3: weights -> numbers, tables, pictures.
 
-    python -m eval retrieve --run runs/c3d --shards shards/ucf101 --manifest data_manifests/ucf101_split1.csv
+    python -m eval retrieve runs/c3d --shards shards/ucf101 --manifest data_manifests/ucf101_split1.csv
 
 prints R@1, 5, 10 and 20 of the test videos among the training videos, and stores them with where they came from.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from eval.publish import report, tables
-from preprocess.command import DONE, ended
+from preprocess.command import DONE, WITH_FAILURES, ended, say
 
 if TYPE_CHECKING:
-    from preprocess.manifest import Manifest
-    from preprocess.shards import ShardSet
+    from eval.features import Machine
+    from eval.results import Data, Foreign, Result
+    from train.trained import Run
+
+Runs = tyro.conf.Positional[tuple[Path, ...]]
+NetworkName = Literal["video", "iframe", "motion"]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every measure is told."""
+
+    shards: Path
+    """Folder of shards."""
+    manifest: Path
+    """CSV that says which of their videos are test and which training videos."""
+    weights: str = "last"
+    """last, initial (untrained), or a kept epoch such as epoch-0005."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    workers: int = 2
+    """Processes that decode."""
+
+    def data(self) -> Data:
+        from eval.results import Data
+
+        return Data.open(self.shards, self.manifest)
+
+    def machine(self) -> Machine:
+        from eval.features import Machine
+
+        return Machine(self.device, self.workers)
+
+
+CommonFlags = Annotated[Common, tyro.conf.OmitArgPrefixes]
 
 
 def retrieve(
-    run: Path,
-    shards: Path,
-    manifest: Path,
-    network: Literal["video", "iframe", "motion"] = "video",
-    weights: str = "last",
-    picture: Path | None = None,
-    device: str = "auto",
-    workers: int = 2,
-) -> int:
+    run: tyro.conf.Positional[Path], common: CommonFlags, network: NetworkName = "video", picture: Path | None = None
+) -> None:
     """Video retrieval: the manifest's test videos query its training videos (tables 1, 4, 5, 7 and 9).
 
     Args:
         run: Folder of a run, the --out of python -m train.
-        shards: Folder of shards.
-        manifest: CSV with train and test rows.
         network: V-Network, I-Network or M-Network (table 5).
-        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
         picture: PNG to write: a query of each of a few classes with its I-frame and motion vectors, and its neighbours.
-        device: auto, cpu, cuda or cuda:1.
-        workers: Processes that decode.
     """
-    from eval import features, gallery, rows
-    from eval import retrieve as retrieval
-    from train.trained import load_run
+    from eval.retrieve import measure
 
-    table, shard_set, dataset = _data(shards, manifest)
-    loaded = load_run(run, weights)
-    found = retrieval.retrieve(loaded, shard_set, table, network, device=device, workers=workers)
-    origin = rows.about(loaded, shard_set, table, dataset)
-    path = rows.write(run, origin | retrieval.row(found, loaded.config, network))
-    name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
-    print(
-        f"{len(found.query)} queries, {len(found.gallery)} in the gallery; {features.protocol(loaded.config, network)}"
-    )
-    print(retrieval.table({name: found.recalls}, retrieval.KS))
-    print(_chance(shard_set, table))
-    if picture:
-        print(gallery.draw(shard_set, {name: found}, picture))
-    print(f"stored in {path}")
-    return DONE
+    _evaluate(partial(measure, network=network), _load([run], common.weights), common, picture)
 
 
-def classify(
-    run: Path,
-    shards: Path,
-    manifest: Path,
-    weights: str = "last",
-    picture: Path | None = None,
-    device: str = "auto",
-    workers: int = 2,
-) -> int:
+def classify(run: tyro.conf.Positional[Path], common: CommonFlags, picture: Path | None = None) -> None:
     """Action recognition by a run trained with labels: top-1 and top-5 of the test videos (tables 2, 3, 6 and 8).
 
     Args:
-        run: Folder of a run of a finetune-, scratch- or regularised- recipe.
-        shards: Folder of shards with the classes of the run.
-        manifest: CSV with test rows.
-        weights: last, or a kept epoch such as epoch-0005.
+        run: Folder of a run of a finetune-, scratch- or regularised- recipe, trained on the classes of the shards.
         picture: PNG to write: the confusion matrix.
-        device: auto, cpu, cuda or cuda:1.
-        workers: Processes that decode.
     """
-    from eval import classify as recognition
-    from eval import rows
-    from train.trained import load_run
+    from eval.classify import measure
 
-    table, shard_set, dataset = _data(shards, manifest)
-    loaded = load_run(run, weights)
-    found = recognition.classify(loaded, shard_set, table, device=device, workers=workers)
-    origin = rows.about(loaded, shard_set, table, dataset)
-    path = rows.write(run, origin | recognition.row(found, loaded.config))
-    numbers = ", ".join(f"{name} {value:.1f}" for name, value in found.metrics.items())
-    title = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}, on {dataset}: {numbers}"
-    print(f"{len(found.label)} videos; {recognition.protocol(loaded.config)}")
-    print(recognition.table(found))
-    print(title)
-    if picture:
-        print(recognition.draw(found, title, picture))
-    print(f"stored in {path}")
-    return DONE
+    _evaluate(measure, _load([run], common.weights), common, picture)
 
 
-def probe(
-    runs: tyro.conf.Positional[tuple[Path, ...]],
-    shards: Path,
-    manifest: Path,
-    network: Literal["video", "iframe", "motion"] = "video",
-    weights: str = "last",
-    device: str = "auto",
-    workers: int = 2,
-) -> int:
+def probe(runs: Runs, common: CommonFlags, network: NetworkName = "video") -> None:
     """k-NN and a linear probe on frozen features: what the training videos teach about the test videos.
 
     Args:
         runs: Folders of runs.
-        shards: Folder of shards.
-        manifest: CSV with train and test rows.
         network: V-Network, I-Network or M-Network.
-        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
-        device: auto, cpu, cuda or cuda:1.
-        workers: Processes that decode.
     """
+    from eval.probe import compared, measure
+
     if not runs:
         raise ValueError("nothing to probe: give the folders of one or more runs")
-    from eval import probe as probing
-    from eval import rows
-    from train.trained import load_run
-
-    table, shard_set, dataset = _data(shards, manifest)
-    found, stored = {}, []
-    for folder in runs:
-        loaded = load_run(folder, weights)
-        found[str(folder)] = probing.probe(loaded, shard_set, table, network, device=device, workers=workers)
-        origin = rows.about(loaded, shard_set, table, dataset)
-        for row in probing.found_rows(found[str(folder)], loaded.config, network):
-            stored.append(rows.write(folder, origin | row))
-    print(f"k=: {probing.VOTE}\nlinear: {probing.LINEAR}")
-    print(probing.table(found))
-    print(_chance(shard_set, table))
-    print("\n".join(f"stored in {path}" for path in stored))
-    return DONE
+    loaded, titles = _load(runs, common.weights), list(map(str, runs))
+    _evaluate(partial(measure, network=network), loaded, common, titles=titles, show=compared)
 
 
 def diagnose(
-    shards: Path,
-    manifest: Path,
-    run: Path | None = None,
-    weights: str = "last",
+    common: CommonFlags,
+    run: tyro.conf.Positional[Path | None] = None,
     module: str = "",
     frames: int | None = None,
     stride: int | None = None,
     size: int | None = None,
     out: Path | None = None,
     picture: Path | None = None,
-    device: str = "auto",
-    workers: int = 2,
-) -> int:
+) -> None:
     """How much context and how much motion a network knows, asked of the embedded scenes (make scenes).
 
     Test clips query training clips by context, by motion and by both: as they are, reversed in time, frozen to one
     frame, and with their frames shuffled. A network that sees only scenes finds the same every time.
 
-    Any backbone will do: --run RUN, or --module package.module:factory, where factory() returns an nn.Module that takes
+    Any backbone will do: a RUN, or --module package.module:factory, where factory() returns an nn.Module that takes
     RGB clips (N, 3, frames, size, size), normalised by ImageNet's mean and deviation, and gives features (N, C) or maps
-    (N, C, t, h, w), which are averaged.
+    (N, C, t, h, w), which are averaged. make scenes makes demo_out/shards and demo_out/scenes/manifest.csv.
 
     Args:
-        shards: Folder of the scenes' shards; make scenes makes them in demo_out/shards.
-        manifest: Their manifest, demo_out/scenes/manifest.csv.
         run: Folder of a run; its V-Network is diagnosed, at the run's own frames, stride and size.
-        weights: Of the run: last, initial (untrained), or a kept epoch such as epoch-0005.
-        module: Import path of a network of your own, instead of --run.
+        module: Import path of a network of your own, instead of a run.
         frames: Frames of the module's clips; 16 unless given.
         stride: From one frame to the next; 1 unless given. The sprites move 2 to 4 pixels a frame.
         size: Height and width of the module's clips in pixels; 112 unless given.
         out: Folder in whose results/ the module's numbers are stored.
         picture: PNG to write: the shares as bars.
-        device: auto, cpu, cuda or cuda:1.
-        workers: Processes that decode.
     """
-    from eval import diagnose as diagnosis
-    from eval import features, rows
-    from train.config import Config, Pretraining
-    from train.draws import Sampling
-    from train.trained import load_run
+    from eval.diagnose import load_module, measure
 
     if (run is None) == (not module):
-        raise ValueError("give a network to diagnose: --run RUN, or --module package.module:factory, and not both")
-    table, shard_set, dataset = _data(shards, manifest)
+        raise ValueError("give a network to diagnose: a RUN, or --module package.module:factory, and not both")
+    own = {"frames": frames, "stride": stride, "size": size, "out": out}
+    given = [f"--{name}" for name, value in own.items() if value is not None]
     if run is None:
-        t, step, side = (usual if v is None else v for usual, v in ((16, frames), (1, stride), (112, size)))
-        config: Config = Pretraining(sampling=Sampling(frames=t, stride=step), size=side)
-        network, folder, name = diagnosis.load_module(module, config), out, module
+        _evaluate(measure, [load_module(module, out, frames, stride, size)], common, picture)
+    elif given:
+        raise ValueError(f"{', '.join(given)}: a run has its own; they are for a --module")
     else:
-        own = {"frames": frames, "stride": stride, "size": size, "out": out}
-        if given := [f"--{name}" for name, value in own.items() if value is not None]:
-            raise ValueError(f"{', '.join(given)}: a run has its own; they are for a --module")
-        loaded = load_run(run, weights)
-        config, network, folder = loaded.config, features.part(loaded, "video"), run
-        name = f"{loaded.recipe}, {weights}, epoch {loaded.epoch:g}"
-    found = diagnosis.diagnose(network, config, shard_set, table, device=device, workers=workers)
-    print(f"{found.queries} queries, {found.gallery} in the gallery; {diagnosis.protocol(config)}")
-    print(f"nearest neighbours of {name}, in percent:")
-    print(diagnosis.table(found))
-    print(diagnosis.verdict(found))
-    if folder is None:
-        print("not stored: --out FOLDER keeps it")
-    else:
-        if run is None:
-            origin = diagnosis.about_module(module, network, config, shard_set, table, dataset)
-        else:
-            origin = rows.about(loaded, shard_set, table, dataset)
-        print(f"stored in {rows.write(folder, origin | diagnosis.row(found, config))}")
-    if picture:
-        print(diagnosis.draw(found, name, picture))
-    return DONE
+        _evaluate(measure, _load([run], common.weights), common, picture)
 
 
-def features(
-    run: Path,
-    shards: Path,
-    manifest: Path,
-    out: Path,
-    network: Literal["video", "iframe", "motion"] = "video",
-    weights: str = "last",
-    device: str = "auto",
-    workers: int = 2,
-) -> int:
+def features(run: tyro.conf.Positional[Path], common: CommonFlags, out: Path, network: NetworkName = "video") -> None:
     """One feature a video, averaged over ten clips, into an NPZ file: arrays features, label, path, subset, classes.
 
     Args:
-        run: Folder of a run, the --out of python -m train.
-        shards: Folder of shards.
-        manifest: CSV whose videos to describe, of every subset.
-        out: NPZ to write; it also says where the features came from.
+        run: Folder of a run.
+        out: NPZ to write, of the manifest's videos of every subset; it also says where the features came from.
         network: V-Network, I-Network or M-Network.
-        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
-        device: auto, cpu, cuda or cuda:1.
-        workers: Processes that decode.
     """
-    from eval import features, rows
+    from eval.features import protocol, store, video_features
+    from eval.results import about
     from train.trained import load_run
 
-    table, shard_set, dataset = _data(shards, manifest)
-    loaded = load_run(run, weights)
-    found, label, video = features.video_features(loaded, shard_set, table, network, device=device, workers=workers)
-    about = rows.about(loaded, shard_set, table, dataset)
-    about |= {"network": network, "protocol": features.protocol(loaded.config, network)}
-    features.store(out, found, label, video, shard_set, table, about)
-    print(f"{len(found)} features of {found.shape[1]} numbers in {out}; {about['protocol']}")
-    return DONE
+    data, loaded = common.data(), load_run(run, common.weights)
+    found = video_features(loaded, data, network, common.machine())
+    how = protocol(loaded.config, network)
+    store(out, found, data, about(loaded, data) | {"network": network, "protocol": how})
+    print(f"{len(found.vectors)} features of {found.vectors.shape[1]} numbers in {out}; {how}")
 
 
-def compare(
-    runs: tyro.conf.Positional[tuple[Path, ...]],
-    shards: Path,
-    manifest: Path,
-    picture: Path | None = None,
-    device: str = "auto",
-    workers: int = 2,
-) -> int:
+def compare(runs: Runs, common: CommonFlags, picture: Path | None = None) -> None:
     """One table of R@1 for several runs beside the untrained network, and a picture of what they retrieve.
 
     Args:
         runs: Folders of runs; the first is drawn, and its initial weights are the untrained network.
-        shards: Folder of shards.
-        manifest: CSV with train and test rows.
         picture: PNG to write: queries with their I-frame and motion vectors, and their neighbours.
-        device: auto, cpu, cuda or cuda:1.
-        workers: Processes that decode.
     """
+    from eval.neighbours import draw
+    from eval.retrieve import compared, folder_names, measure
+
     if not runs:
         raise ValueError("nothing to compare: give the folders of one or more runs")
-    from eval import gallery, rows
-    from eval import retrieve as retrieval
-    from train.trained import load_run
-
-    table, shard_set, dataset = _data(shards, manifest)
-    names, found, stored = retrieval.names(runs), {}, []
-    for name, folder, weights in [("untrained", runs[0], "initial"), *((n, r, "last") for n, r in zip(names, runs))]:
-        loaded = load_run(folder, weights)
-        found[name] = retrieval.retrieve(loaded, shard_set, table, device=device, workers=workers)
-        origin = rows.about(loaded, shard_set, table, dataset)
-        stored.append(rows.write(folder, origin | retrieval.row(found[name], loaded.config, "video")))
-    print(retrieval.table({name: f.recalls for name, f in found.items()}, (1,)))
-    print(_chance(shard_set, table))
+    loaded, titles = chain(_load(runs[:1], "initial"), _load(runs, common.weights)), ["untrained", *folder_names(runs)]
+    found = _evaluate(measure, loaded, common, titles=titles, show=compared)
     if picture:
-        print(gallery.draw(shard_set, {n: found[n] for n in ("untrained", names[0])}, picture))
-    print("\n".join(f"stored in {path}" for path in stored))
-    return DONE
+        print(draw({title: found[title] for title in titles[:2]}, picture))
 
 
-def pretext(
-    run: Path,
-    shards: Path,
-    manifest: Path,
-    weights: str = "last",
-    device: str = "auto",
-    workers: int = 2,
-) -> int:
+def pretext(run: tyro.conf.Positional[Path], common: CommonFlags) -> None:
     """How well a pretrained run solves its own tasks on the manifest's test videos (table 7).
 
     Args:
         run: Folder of a pretraining run.
-        shards: Folder of shards.
-        manifest: CSV with test rows.
-        weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+    """
+    from eval.pretext import measure
+
+    _evaluate(measure, _load([run], common.weights), common)
+
+
+def _load(folders: Iterable[Path], weights: str) -> Iterator[Run]:
+    """Runs, each when its turn has come."""
+    from train.trained import load_run
+
+    for folder in folders:
+        yield load_run(folder, weights)
+
+
+def _evaluate(
+    measure: Callable[..., Result],
+    networks: Iterable[Run | Foreign],
+    common: Common,
+    picture: Path | None = None,
+    titles: Sequence[str] = (),
+    show: Callable[[dict[str, Any]], str] | None = None,
+) -> dict[str, Any]:
+    """What every measure does: load, measure, store the rows, print, draw.
+
+    Returns the results by their titles. `show` says what is printed of several together.
+    """
+    from eval import results
+
+    data, found, stored = common.data(), {}, []
+    for number, network in enumerate(networks):
+        result: Any = measure(network, data, machine=common.machine())
+        title = titles[number] if titles else results.title(network)
+        found[title] = result
+        if network.folder:
+            origin = results.about(network, data)
+            stored += [results.write(network.folder, origin | row) for row in result.records()]
+        if not show:
+            print(result.markdown(title))
+        if picture and not show:
+            print(result.draw(title, picture))
+    if show:
+        print(show(found))
+    for path in stored:
+        print(f"stored in {path}")
+    if not stored:
+        print("not stored: --out FOLDER keeps it")
+    return found
+
+
+def tables(
+    out: Path = Path("tables"),
+    runs: Path = Path("runs"),
+    results: tuple[Path, ...] = (),
+    export: Path | None = None,
+    plan: bool = False,
+    run: bool = False,
+    slurm: Path | None = None,
+    only: tuple[str, ...] = (),
+    data: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (0,),
+    training: str = "",
+    evaluation: str = "",
+) -> int:
+    """Tables 1 to 9 and those of the small experiments: paper, ours, difference, as Markdown, CSV and plots.
+
+    With --plan, --run or --slurm, also the runs that they miss: a training once for all cells that need it, each
+    before what follows from it.
+
+    Args:
+        out: Folder for tables.md, tables.csv and the plots.
+        runs: Folder of runs, whose results are read at any depth, and where --run and --slurm put theirs.
+        results: More folders of runs, and CSV files that --export wrote.
+        export: CSV to write with every row that went in, a line a metric.
+        plan: Only list the runs that are missing, each as its command, with its hours.
+        run: Carry them out here one after another, then write the tables; the same command goes on after any kill.
+        slurm: Folder to write SLURM job arrays to, and submit.sh, which queues them.
+        only: Tables to plan or run: 1 to 9, scenes, small. All of the nine unless told otherwise.
+        data: Data sets at hand, each as NAME=SHARDS:MANIFEST; NAME is ucf101, hmdb51, k400, scenes or small.
+        seeds: Seeds to run.
+        training: Further flags of every training: --training="--precision bfloat16".
+        evaluation: Further flags of every evaluation: --evaluation="--workers 8".
+    """
+    from eval.publish import collect, missing
+    from eval.publish.cells import NINE
+    from eval.publish.plots import table_plots
+    from eval.publish.tables import build, write
+
+    if plan + run + bool(slurm) > 1:
+        raise ValueError("--plan, --run and --slurm exclude each other")
+    if not seeds:
+        raise ValueError("--seeds names no seed: give one or more, such as --seeds 0 1 2")
+    at_hand = list(map(missing.parse, data))
+    for d in at_hand:
+        if not d.shards.exists():
+            say(f"note: there are no shards in {d.shards} yet; python -m preprocess run makes them")
+
+    def steps() -> list[missing.Step]:
+        rows, _ = collect.gather(runs, results, at_hand, needed=False)
+        place = missing.Place(runs, at_hand, shlex.split(training), shlex.split(evaluation))
+        return place.missing(only or NINE, seeds, rows)
+
+    if plan:
+        print(missing.describe(steps()))
+        return DONE
+    if slurm:
+        levels = missing.write_slurm(steps(), slurm)
+        print(f"wrote {slurm}/submit.sh, which queues {len(levels)} arrays of {', '.join(str(len(x)) for x in levels)}")
+        return DONE
+    status = missing.run(steps, runs) if run else DONE
+    if status not in (DONE, WITH_FAILURES):
+        return status
+    rows, refused = collect.gather(runs, results, at_hand, needed=not run)
+    if export:
+        collect.export(rows, export)
+        print(f"wrote {export}")
+    made = build(rows)
+    for path in write(made, refused, table_plots(made), out):
+        print(f"wrote {path}")
+    for row, reason in refused:
+        say(f"left out: {row['file']}: {reason}")
+    return status
+
+
+def report(
+    out: Path = Path("report.html"),
+    runs: Path = Path("runs"),
+    results: tuple[Path, ...] = (),
+    gallery: tuple[Path, ...] = (),
+    shards: Path | None = None,
+    manifest: Path | None = None,
+    device: str = "auto",
+    workers: int = 2,
+) -> int:
+    """One HTML page that needs nothing but itself: tables, curves, confusions, retrieval, motion, provenance.
+
+    Args:
+        out: The page.
+        runs: Folder of runs, whose results are read at any depth and whose curves are drawn.
+        results: More folders of runs, and CSV files that tables --export wrote.
+        gallery: Runs whose nearest videos are shown as moving clips, beside those of the first one untrained.
+        shards: Folder of shards, for the clips; wanted with --gallery, else for the motion alone.
+        manifest: CSV with train and test rows, for the same.
         device: auto, cpu, cuda or cuda:1.
         workers: Processes that decode.
     """
-    from eval import pretext as tasks
-    from eval import rows
+    from eval.features import Machine
+    from eval.publish.collect import gather
+    from eval.publish.page import page
+    from eval.publish.tables import build
+    from eval.results import Data
+    from eval.retrieve import folder_names, measure
+    from preprocess.files import write_text
     from train.trained import load_run
 
-    table, shard_set, dataset = _data(shards, manifest)
-    loaded = load_run(run, weights)
-    found = tasks.pretext(loaded, shard_set, table, device=device, workers=workers)
-    what = {"kind": "pretext", "network": "video", "videos": found.videos, "metrics": found.metrics}
-    origin = rows.about(loaded, shard_set, table, dataset)
-    path = rows.write(run, origin | what | {"protocol": tasks.protocol(found.batch)})
-    print(f"{found.videos} test videos, {found.left} left over; {tasks.protocol(found.batch)}")
-    for name, value in found.metrics.items():
-        print(f"{name} {value:.1f} %")
-    print(f"stored in {path}")
+    if (shards is None) != (manifest is None) or (gallery and shards is None):
+        raise ValueError("moving clips need both --shards and --manifest")
+    rows, refused = gather(runs, results)
+    data = Data.open(shards, manifest) if shards and manifest else None
+    found = {}
+    if data and gallery:
+        states = [
+            ("untrained", gallery[0], "initial"),
+            *((n, r, "last") for n, r in zip(folder_names(gallery), gallery)),
+        ]
+        machine = Machine(device, workers)
+        found = {name: measure(load_run(run, weights), data, machine=machine) for name, run, weights in states}
+    text = page(build(rows), rows, refused, runs, data, found)
+    write_text(out, text)
+    print(f"wrote {out}, {len(text) / 1e6:.1f} MB")
     return DONE
 
 
-def _data(shards: Path, manifest: Path) -> tuple[Manifest, ShardSet, str]:
-    """The manifest, the shards, and the data set's name in results."""
-    from preprocess.manifest import Manifest, dataset_name
-    from preprocess.shards import ShardSet
-
-    return Manifest.read(manifest), ShardSet(shards), dataset_name(manifest)
-
-
-def _chance(shards: ShardSet, manifest: Manifest) -> str:
-    """What R@1 would be for neighbours at random."""
-    from eval import retrieve as retrieval
-
-    return "R@1 by chance: " + ", ".join(f"{n} {v:.1f}" for n, v in retrieval.chance(shards, manifest).items())
-
-
 def main() -> int:
-    verbs: dict[str, Callable[..., int]] = {
-        "retrieve": retrieve,
-        "classify": classify,
-        "probe": probe,
-        "diagnose": diagnose,
-        "features": features,
-        "compare": compare,
-        "pretext": pretext,
-        "tables": tables,
-        "report": report,
-    }
-    return ended(
-        lambda: tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m eval", description=__doc__), "interrupted"
-    )
+    verbs = (retrieve, classify, probe, diagnose, features, compare, pretext, tables, report)
+    named: dict[str, Callable[..., int | None]] = {verb.__name__: verb for verb in verbs}
+    command = partial(tyro.extras.subcommand_cli_from_dict, named, prog="python -m eval", description=__doc__)
+    return ended(lambda: command() or DONE, "interrupted")
 
 
 if __name__ == "__main__":

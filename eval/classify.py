@@ -13,19 +13,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval import rows
-from eval.features import CLIPS, Run, over_clips
-from preprocess.files import replacing
-from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
+from eval import figures
+from eval.features import AUTO, CLIPS, Machine, Run, over_clips
+from eval.results import Data, Row
 from train import runs
 from train.config import Config
 from train.data import ClipSet
 from train.model import FinetuningModel
 
 KS = (1, 5)
-NUMBERED = 20  # classes up to which a confusion picture has its counts written into it
-KEY = "row: true class; column: taken for; shade: share of the row's videos"
 NAMED = 5  # differences named in an error
 
 
@@ -33,11 +29,13 @@ NAMED = 5  # differences named in an error
 class Classification:
     """What a network takes the test videos for."""
 
+    dataset: str
     classes: tuple[str, ...]
     scores: np.ndarray
     """Softmax scores averaged over a video's clips, float32 (V, K)."""
     label: np.ndarray
     """True class numbers, int (V,)."""
+    protocol: str
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -57,6 +55,43 @@ class Classification:
         counts = self.confusion
         return [100 * int(row[k]) / int(row.sum()) if row.sum() else None for k, row in enumerate(counts)]
 
+    def records(self) -> list[Row]:
+        about = {"kind": "classification", "network": "video", "videos": len(self.label), "protocol": self.protocol}
+        kept = {"classes": list(self.classes), "confusion": self.confusion.tolist(), "per_class": self.per_class}
+        return [about | {"metrics": self.metrics} | kept]
+
+    def markdown(self, title: str) -> str:
+        """A line a class with its videos, its accuracy and what it is most often taken for."""
+        lines = [f"{len(self.label)} videos; {self.protocol}"]
+        lines += ["| class | videos | top-1 | most often taken for |", "|---|---:|---:|---|"]
+        for k, (name, counts, accuracy) in enumerate(zip(self.classes, self.confusion, self.per_class)):
+            wrong = np.where(np.arange(len(counts)) == k, 0, counts)
+            other = f"{self.classes[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
+            lines.append(f"| {name} | {counts.sum()} | {'' if accuracy is None else f'{accuracy:.1f}'} | {other} |")
+        return "\n".join([*lines, self._heading(title)])
+
+    def draw(self, title: str, out: Path) -> Path:
+        return figures.save_png(figures.confusion(self.classes, self.confusion, self._heading(title)), out)
+
+    def _heading(self, title: str) -> str:
+        numbers = ", ".join(f"{name} {value:.1f}" for name, value in self.metrics.items())
+        return f"{title}, on {self.dataset}: {numbers}"
+
+
+def measure(run: Run, data: Data, machine: Machine = AUTO) -> Classification:
+    """The test videos, by a run trained with labels. ValueError where it was not, or had other classes."""
+    check(run, data.shards.classes)
+    clip_set = ClipSet(data.shards, data.manifest.subset("test"), run.config.sampling, CLIPS)
+    if unlabelled := int((clip_set.label < 0).sum()):
+        raise ValueError(f"{unlabelled} of {len(clip_set)} test videos have no label: leave them out of the manifest")
+    (scores,) = over_clips(run.model, clip_set, run.config, softmax, machine=machine)
+    return Classification(data.name, tuple(data.shards.classes), scores, clip_set.label, protocol(run.config))
+
+
+def softmax(outputs: tuple[Tensor, Any]) -> Tensor:
+    """What a FinetuningModel returns -> softmax scores (N, K)."""
+    return outputs[0].softmax(1)
+
 
 def order(scores: np.ndarray) -> np.ndarray:
     """Classes by falling score, int64 (V, K); of equal ones the first."""
@@ -66,23 +101,6 @@ def order(scores: np.ndarray) -> np.ndarray:
 def top(scores: np.ndarray, label: np.ndarray, k: int) -> float:
     """Percent of videos whose class is among the k highest scores."""
     return 100 * float((order(scores)[:, :k] == label[:, None]).any(1).mean())
-
-
-def classify(
-    run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "auto", workers: int = 2
-) -> Classification:
-    """The manifest's test videos, by a run trained with labels. ValueError where it was not, or had other classes."""
-    check(run, shards.classes)
-    data = ClipSet(shards, manifest.subset("test"), run.config.sampling, CLIPS)
-    if unlabelled := int((data.label < 0).sum()):
-        raise ValueError(f"{unlabelled} of {len(data)} test videos have no label: leave them out of the manifest")
-    (scores,) = over_clips(run.model, data, run.config, softmax, device=device, workers=workers)
-    return Classification(tuple(shards.classes), scores, data.label)
-
-
-def softmax(outputs: tuple[Tensor, Any]) -> Tensor:
-    """What a FinetuningModel returns -> softmax scores (N, K)."""
-    return outputs[0].softmax(1)
 
 
 def check(run: Run, classes: Sequence[str]) -> None:
@@ -96,10 +114,9 @@ def check(run: Run, classes: Sequence[str]) -> None:
     mine = runs.read(run.folder)["classes"]
     if list(classes) == mine:
         return
-    only = [(f"only the run has {c!r}", c in classes) for c in mine] + [
-        (f"only the shards have {c!r}", c in mine) for c in classes
-    ]
-    differing = [text for text, common in only if not common] or [
+    differing = [f"only the run has {c!r}" for c in mine if c not in classes]
+    differing += [f"only the shards have {c!r}" for c in classes if c not in mine]
+    differing = differing or [
         f"number {n} is {a!r} in the run, {b!r} in the shards" for n, (a, b) in enumerate(zip(mine, classes)) if a != b
     ]
     more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
@@ -117,61 +134,3 @@ def protocol(config: Config) -> str:
         f"{round(size * 128 / 112)}, centre {size}, softmax scores averaged over the clips, no augmentation, "
         "no video dropped"
     )
-
-
-def row(found: Classification, config: Config) -> rows.Row:
-    """What a result row says beside where it comes from (`rows.about`)."""
-    return {
-        "kind": "classification",
-        "network": "video",
-        "videos": len(found.label),
-        "metrics": found.metrics,
-        "protocol": protocol(config),
-        "classes": list(found.classes),
-        "confusion": found.confusion.tolist(),
-        "per_class": found.per_class,
-    }
-
-
-def table(found: Classification) -> str:
-    """Markdown: a row a class with its videos, its accuracy and what it is most often taken for."""
-    lines = ["| class | videos | top-1 | most often taken for |", "|---|---:|---:|---|"]
-    for k, (name, counts, accuracy) in enumerate(zip(found.classes, found.confusion, found.per_class)):
-        wrong = np.where(np.arange(len(counts)) == k, 0, counts)
-        other = f"{found.classes[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
-        lines.append(f"| {name} | {counts.sum()} | {'' if accuracy is None else f'{accuracy:.1f}'} | {other} |")
-    return "\n".join(lines)
-
-
-def draw(found: Classification, title: str, out: Path) -> Path:
-    """The confusion matrix as a PNG: a row a true class, shades the share of its videos, counts where they fit."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the picture needs matplotlib: pip install '.[eval]'") from error
-    counts, names = found.confusion, found.classes
-    k, total = len(names), found.confusion.sum(1, keepdims=True)
-    share = np.where(total, 100 * counts / np.maximum(total, 1), np.nan)
-    cell, letters = (0.5, 9.0) if k <= NUMBERED else (0.115, 6.0)  # inches, points
-    margin = 0.6 + max(map(len, names)) * letters * 0.6 / 72  # room for the longest name
-    side = margin + cell * k
-    figure = Figure(figsize=(max(side + 0.9, 4.5), side + 0.4), dpi=150)
-    wide, high = figure.get_size_inches()
-    axes = figure.add_axes((margin / wide, 0.1 / high, cell * k / wide, cell * k / high))
-    axes.set_facecolor("#dddddd")  # shows through where a class has no test video
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-    ticks = list(range(k))
-    axes.set_xticks(ticks, names, rotation=90, size=letters)
-    axes.set_yticks(ticks, names, size=letters)
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    if k <= NUMBERED:
-        for row, column in zip(*np.nonzero(counts)):
-            colour = "white" if share[row, column] > 55 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", size=9, color=colour)
-    bar = figure.add_axes(((margin + cell * k + 0.15) / wide, 0.1 / high, 0.12 / wide, cell * k / high))
-    figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
-    bar.set_title("%", size=8)
-    figure.text(0.08 / wide, 1 - 0.06 / high, f"{title}\n{KEY}", size=8, va="top")
-    with replacing(out) as partial:
-        figure.savefig(partial, format="png")
-    return out

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval import rows
-from eval.features import CLIPS, View, over_clips, pooled, unchanged
+from eval import figures
+from eval.features import AUTO, CLIPS, Machine, Run, View, over_clips, part, pooled, unchanged
 from eval.features import protocol as features_protocol
-from eval.retrieve import labellings, neighbours
-from preprocess.files import replacing
-from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
-from train import checkpoint
-from train.config import Config
+from eval.results import Data, Foreign, Row, number_table
+from eval.retrieve import chance, labellings, nearest
+from train.config import Config, Pretraining
 from train.data import ClipSet
+from train.draws import Sampling
 
 # What a clip played backwards shows.
 OPPOSITES = {
@@ -89,6 +87,7 @@ class Diagnosis:
     motions come in pairs, the 'opposite' motion."""
     chance: dict[str, float]
     """The same for a neighbour drawn at random."""
+    protocol: str = ""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -97,6 +96,41 @@ class Diagnosis:
             for view, shares in self.shares.items()
             for name, value in shares.items()
         }
+
+    def records(self) -> list[Row]:
+        about = {"kind": "diagnosis", "network": "video", "queries": self.queries, "gallery": self.gallery}
+        return [about | {"metrics": self.metrics, "chance": self.chance, "protocol": self.protocol}]
+
+    def markdown(self, title: str) -> str:
+        """A line a view, a column a share; the last line is chance; then what the numbers say."""
+        lines = [f"{self.queries} queries, {self.gallery} in the gallery; {self.protocol}"]
+        lines += [f"nearest neighbours of {title}, in percent:"]
+        lines += [number_table({**self.shares, "chance": self.chance}, "queries"), verdict(self)]
+        return "\n".join(lines)
+
+    def draw(self, title: str, out: Path) -> Path:
+        """The shares as bars, a group a question and a bar a view, with dashes at chance."""
+        with figures.drawing() as Figure:
+            figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
+            axes = figure.subplots()
+            wide, questions = 0.2, list(self.chance)  # of a bar, where a group is 1
+            for place, ((view, shares), colour) in enumerate(zip(self.shares.items(), COLOURS)):
+                middle = [group + (place - 1.5) * wide for group in range(len(questions))]
+                bars = axes.bar(middle, [shares[q] for q in questions], wide * 0.92, color=colour, label=view)
+                axes.bar_label(bars, fmt="%.0f", size=6.5, padding=1)
+            for group, question in enumerate(questions):
+                label = "chance" if group == 0 else "_"  # one entry in the legend
+                ends = (group - 0.45, group + 0.45)
+                axes.hlines(self.chance[question], *ends, figures.INK, "dashed", linewidth=1, label=label)
+            axes.set_xticks(range(len(questions)), [TICKS[q] for q in questions], size=8)
+            axes.set_ylim(0, 130)  # the legend lies above the highest bar
+            axes.set_yticks(range(0, 101, 20))
+            axes.set_ylabel("nearest neighbours, %", size=8)
+            axes.tick_params(axis="y", labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(title="queries", fontsize=7, title_fontsize=7, frameon=False, ncols=5, loc="upper right")
+            axes.set_title(f"{title}: {summary(self)}", size=8, loc="left", wrap=True)
+            return figures.save_png(figure, out)
 
     def above_chance(self, name: str, view: str = "as it is") -> bool:
         return self.shares[view][name] > self.limit(name)
@@ -127,56 +161,48 @@ class Diagnosis:
         return opposite - own > SIGMAS * math.sqrt(opposite + own)
 
 
-def diagnose(
-    module: nn.Module,
-    config: Config,
-    shards: ShardSet,
-    manifest: Manifest,
-    *,
-    device: str = "auto",
-    workers: int = 2,
-) -> Diagnosis:
-    """Retrieval of altered test clips by features of `module`, pooled and averaged over a video's clips.
+def measure(run: Run | Foreign, data: Data, machine: Machine = AUTO) -> Diagnosis:
+    """Retrieval of altered test clips by features of a network, pooled and averaged over a video's clips.
 
-    module: normalised clips float32 (N, 3, T, S, S) -> (N, C) or maps (N, C, t, h, w). Of `config` the sampling and the
-    size count. ValueError where the labels are not context/motion, or a clip has too few frames to be altered.
+    A foreign network takes normalised clips float32 (N, 3, T, S, S) and gives (N, C) or maps (N, C, t, h, w).
+    ValueError where the labels are not context/motion, or a clip has too few frames to be altered.
     """
-    numbers = labellings(shards.classes)
-    if "motion" not in numbers:
+    shards, config = data.shards, run.config
+    if "motion" not in labellings(shards.classes):
         raise ValueError(
             f"{shards.folder} is not labelled context/motion (but {', '.join(shards.classes[:3])}, …): a diagnosis "
             "needs the embedded scenes. `make scenes` makes them, as demo_out/shards and demo_out/scenes/manifest.csv"
         )
     if config.sampling.frames < 3:
         raise ValueError(f"clips of {config.sampling.frames} frames have no order to alter; choose 3 or more")
-    query, gallery = (ClipSet(shards, manifest.subset(s), config.sampling, CLIPS) for s in ("test", "train"))
-    for name, data in (("test", query), ("train", gallery)):
-        if (data.label < 0).any():
+    sides = {name: ClipSet(shards, data.manifest.subset(name), config.sampling, CLIPS) for name in ("test", "train")}
+    for name, side in sides.items():
+        if (side.label < 0).any():
             raise ValueError(f"some {name} videos have no label: leave them out of the manifest")
-    (found,) = over_clips(module, gallery, config, vectors, device=device, workers=workers)
-    altered = over_clips(module, query, config, vectors, tuple(VIEWS.values()), device=device, workers=workers)
-    nearest = {view: neighbours(q, found, 1)[:, 0] for view, q in zip(VIEWS, altered)}
-    return compare(nearest, query.label, gallery.label, shards.classes)
+    network = part(run, "video")
+    (gallery,) = over_clips(network, sides["train"], config, vectors, machine=machine)
+    altered = over_clips(network, sides["test"], config, vectors, tuple(VIEWS.values()), machine)
+    found = {view: nearest(queries, gallery, 1)[:, 0] for view, queries in zip(VIEWS, altered)}
+    return count(found, sides["test"].label, sides["train"].label, shards.classes, protocol(config))
 
 
-def compare(
-    nearest: dict[str, np.ndarray], query: np.ndarray, gallery: np.ndarray, classes: Sequence[str]
+def count(
+    found: Mapping[str, np.ndarray], query: np.ndarray, gallery: np.ndarray, classes: Sequence[str], how: str = ""
 ) -> Diagnosis:
     """From each query's nearest gallery row (V,) under each view, and the class numbers of both, to shares."""
-    names = [c.split("/") for c in classes]
-    agrees = {  # (K, K): whether two classes agree
-        "context": np.array([[a[0] == b[0] for b in names] for a in names]),
-        "motion": np.array([[a[1] == b[1] for b in names] for a in names]),
-        "both": np.array([[a == b for b in names] for a in names]),
-    }
-    if all(OPPOSITES.get(motion) in {m for _, m in names} for _, motion in names):
-        agrees["opposite"] = np.array([[OPPOSITES[a[1]] == b[1] for b in names] for a in names])
+    numbers = labellings(classes)
+    motions = [c.split("/")[1] for c in classes]
+    wanted = {name: number[query] for name, number in numbers.items()}  # (Q,), what a neighbour must have to be right
+    there = {name: number[gallery] for name, number in numbers.items()}  # (G,), what it has
+    if all(OPPOSITES.get(motion) in motions for motion in motions):
+        against = np.array([motions.index(OPPOSITES[motion]) for motion in motions])
+        wanted["opposite"], there["opposite"] = numbers["motion"][against[query]], there["motion"]
     shares = {
-        view: {name: 100 * float(same[query, gallery[rows]].mean()) for name, same in agrees.items()}
-        for view, rows in nearest.items()
+        view: {name: 100 * float((wanted[name] == there[name][rows]).mean()) for name in wanted}
+        for view, rows in found.items()
     }
-    chance = {name: 100 * float(same[query][:, gallery].mean()) for name, same in agrees.items()}
-    return Diagnosis(len(query), len(gallery), shares, chance)
+    by_chance = {name: chance(wanted[name], there[name]) for name in wanted}
+    return Diagnosis(len(query), len(gallery), shares, by_chance, how)
 
 
 def vectors(outputs: object) -> Tensor:
@@ -189,11 +215,16 @@ def vectors(outputs: object) -> Tensor:
     return outputs.float() if outputs.ndim == 2 else pooled(outputs)
 
 
-def load_module(name: str, config: Config) -> nn.Module:
-    """The network of 'package.module:factory', built by factory(), and tried on two black clips of the config's shape.
+def load_module(
+    name: str, out: Path | None = None, frames: int | None = None, stride: int | None = None, size: int | None = None
+) -> Foreign:
+    """The network of 'package.module:factory', built by factory(), and tried on two black clips: of 16 frames, stride 1
+    and 112 pixels, unless told otherwise.
 
     ValueError saying what to mend where it cannot be imported, is no nn.Module, or does not take or give what it must.
     """
+    t, step, side = (usual if given is None else given for usual, given in ((16, frames), (1, stride), (112, size)))
+    config = Pretraining(sampling=Sampling(frames=t, stride=step), size=side)
     path, _, factory = name.partition(":")
     if not path or not factory:
         raise ValueError(f"--module is {name!r}; give package.module:factory, a callable that returns an nn.Module")
@@ -213,7 +244,7 @@ def load_module(name: str, config: Config) -> nn.Module:
         raise ValueError(f"{name}() raised {type(error).__name__}: {error}; it is called without arguments") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}() returned {type(module).__name__}; it must return an nn.Module")
-    shape = (2, 3, config.sampling.frames, config.size, config.size)
+    shape = (2, 3, t, side, side)
     try:
         with torch.inference_mode():
             outputs = module.eval()(torch.zeros(shape))
@@ -223,7 +254,7 @@ def load_module(name: str, config: Config) -> nn.Module:
         ) from error
     if len(features := vectors(outputs)) != shape[0]:
         raise ValueError(f"{name} gives features {tuple(features.shape)} for {shape[0]} clips; each clip needs its own")
-    return module
+    return Foreign(out, config, name, module)
 
 
 def protocol(config: Config) -> str:
@@ -233,44 +264,6 @@ def protocol(config: Config) -> str:
         f"reversed, frozen to frame {config.sampling.frames // 2} of the clip, and with each clip's frames shuffled "
         f"(seed {SEED}), against the gallery as it is"
     )
-
-
-def row(found: Diagnosis, config: Config) -> rows.Row:
-    """What a result row says beside where it comes from (`rows.about` or `about_module`)."""
-    return {
-        "kind": "diagnosis",
-        "network": "video",
-        "queries": found.queries,
-        "gallery": found.gallery,
-        "metrics": found.metrics,
-        "chance": found.chance,
-        "protocol": protocol(config),
-    }
-
-
-def about_module(
-    name: str, module: nn.Module, config: Config, shards: ShardSet, manifest: Manifest, dataset: str
-) -> rows.Row:
-    """`rows.about` for a network of unknown training: its import path stands for the recipe."""
-    unknown = dict.fromkeys(("pretraining", "pretrained_on", "trained_on", "subset", "training_sha256"), "")
-    return rows.evaluated_on(shards, manifest, dataset) | unknown | {
-        "recipe": name,
-        "backbone": name,
-        "seed": 0,
-        "epoch": 0.0,
-        "weights": "given",
-        "config_sha256": config.sha256(),
-        "weights_sha256": checkpoint.sha256(module.state_dict()),
-    }  # fmt: skip
-
-
-def table(found: Diagnosis) -> str:
-    """Markdown: a row a view, a column a share in percent; the last row is chance."""
-    heads = list(found.chance)
-    lines = ["| queries | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    for name, shares in {**found.shares, "chance": found.chance}.items():
-        lines.append(f"| {name} | " + " | ".join(f"{shares[h]:.1f}" for h in heads) + " |")
-    return "\n".join(lines)
 
 
 def verdict(found: Diagnosis) -> str:
@@ -322,32 +315,3 @@ def _error(share: float, count: int) -> float:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def draw(found: Diagnosis, title: str, out: Path) -> Path:
-    """The shares as bars, a group a question and a bar a view, with dashes at chance; a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the picture needs matplotlib: pip install '.[eval]'") from error
-    figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    wide, names = 0.2, list(found.chance)  # of a bar, where a group is 1
-    for place, ((view, shares), colour) in enumerate(zip(found.shares.items(), COLOURS)):
-        middle = [g + (place - 1.5) * wide for g in range(len(names))]
-        bars = axes.bar(middle, [shares[n] for n in names], wide * 0.92, color=colour, label=view)
-        axes.bar_label(bars, fmt="%.0f", size=6.5, padding=1)
-    for group, name in enumerate(names):
-        label = "chance" if group == 0 else "_"  # one entry in the legend
-        axes.hlines(found.chance[name], group - 0.45, group + 0.45, "black", "dashed", linewidth=1, label=label)
-    axes.set_xticks(range(len(names)), [TICKS[n] for n in names], size=8)
-    axes.set_ylim(0, 130)  # the legend lies above the highest bar
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("nearest neighbours, %", size=8)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="queries", fontsize=7, title_fontsize=7, frameon=False, ncols=5, loc="upper right")
-    axes.set_title(f"{title}: {summary(found)}", size=8, loc="left", wrap=True)
-    with replacing(out) as partial:
-        figure.savefig(partial, format="png")
-    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval.results import Data, Foreign
 from preprocess.files import replacing
-from preprocess.manifest import Manifest
-from preprocess.shards import Settings, ShardSet
+from preprocess.shards import Settings
 from train import augment
 from train.config import Config
 from train.data import ClipSet, Modality
@@ -22,14 +23,36 @@ from train.loader import explaining_workers, make_loader
 from train.trained import Run
 
 Network = Literal["video", "iframe", "motion"]
-Side = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Features float32 (V, C), class numbers int32 (V,) and shard-set positions int64 (V,) of some videos."""
 View = Callable[[Tensor, Tensor], Tensor]
 """Decoded clips (V, clips, ...) and the videos' rows of their data set (V,) -> clips of the same shape."""
 NETWORKS: dict[Network, str] = {"video": "V-Network", "iframe": "I-Network", "motion": "M-Network"}
-KEYS: dict[Modality, str] = {"video": "clips", "iframe": "iframes", "motion": "motion"}
+SAMPLE_KEYS: dict[Modality, str] = {"video": "clips", "iframe": "iframes", "motion": "motion"}
 CLIPS = 10
 VIDEOS_A_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a measure runs on."""
+
+    device: str = "auto"
+    workers: int = 2
+    """Processes that decode."""
+
+
+AUTO = Machine()
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of some videos."""
+
+    vectors: np.ndarray
+    """float32 (V, C)."""
+    label: np.ndarray
+    """Class numbers, int32 (V,), -1 unknown."""
+    video: np.ndarray
+    """Positions in the shard set, int64 (V,)."""
 
 
 def protocol(config: Config, network: Network, clips: int = CLIPS) -> str:
@@ -57,57 +80,37 @@ def pooled(maps: Tensor) -> Tensor:
 
 
 def video_features(
-    run: Run,
-    shards: ShardSet,
-    manifest: Manifest,
-    network: Network = "video",
-    *,
-    clips: int = CLIPS,
-    device: str = "auto",
-    workers: int = 2,
-) -> Side:
-    """Features, class numbers and shard-set positions of a manifest's videos."""
-    data = ClipSet(shards, manifest, run.config.sampling, clips, network)
-    (found,) = over_clips(part(run, network), data, run.config, pooled, device=device, workers=workers)
-    return found, data.label, data.video
+    run: Run, data: Data, network: Network = "video", machine: Machine = AUTO, clips: int = CLIPS
+) -> Features:
+    """Features of all videos of the data's manifest."""
+    clip_set = ClipSet(data.shards, data.manifest, run.config.sampling, clips, network)
+    (vectors,) = over_clips(part(run, network), clip_set, run.config, pooled, machine=machine)
+    return Features(vectors, clip_set.label, clip_set.video)
 
 
-def sides(
-    run: Run, shards: ShardSet, manifest: Manifest, network: Network, *, device: str, workers: int
-) -> tuple[Side, Side]:
-    """What `video_features` gives of the manifest's test videos and of its training videos; ValueError where one of
-    them has no label."""
-    found = [
-        video_features(run, shards, manifest.subset(subset), network, device=device, workers=workers)
-        for subset in ("test", "train")
-    ]
-    if any((label < 0).any() for _, label, _ in found):
+def sides(run: Run, data: Data, network: Network, machine: Machine) -> tuple[Features, Features]:
+    """Features of the test videos, which query, and of the training videos, the gallery; ValueError where one has no
+    label."""
+    test, train = (video_features(run, data.subset(name), network, machine) for name in ("test", "train"))
+    if (test.label < 0).any() or (train.label < 0).any():
         raise ValueError("these numbers need labels, and some videos of the manifest have none")
-    return found[0], found[1]
+    return test, train
 
 
-def store(
-    out: Path,
-    found: np.ndarray,
-    label: np.ndarray,
-    video: np.ndarray,
-    shards: ShardSet,
-    manifest: Manifest,
-    about: Mapping[str, Any],
-) -> None:
-    """Write what `video_features` returned to an NPZ file, whole or not at all, with its origin.
+def store(out: Path, found: Features, data: Data, about: Mapping[str, Any]) -> None:
+    """Write features to an NPZ file, whole or not at all, with their origin.
 
     Arrays: features float32 (V, C), label int32 (V,) into classes str (N,), -1 unknown, path and subset str (V,); and
     each value of `about` as text. np.load reads them without pickled code.
     """
-    paths, subsets = shards.paths, dict(zip(manifest.paths, manifest.subsets))
+    paths, subsets = data.shards.paths, dict(zip(data.manifest.paths, data.manifest.subsets))
     arrays: dict[str, Any] = {key: np.array(str(value)) for key, value in about.items() if key != "subset"}
     arrays |= {
-        "features": found,
-        "label": label,
-        "classes": np.array(shards.classes, dtype=str),
-        "path": np.array([paths[v] for v in video.tolist()], dtype=str),
-        "subset": np.array([subsets[paths[v]] for v in video.tolist()], dtype=str),
+        "features": found.vectors,
+        "label": found.label,
+        "classes": np.array(data.shards.classes, dtype=str),
+        "path": np.array([paths[v] for v in found.video.tolist()], dtype=str),
+        "subset": np.array([subsets[paths[v]] for v in found.video.tolist()], dtype=str),
     }
     with replacing(out) as partial, open(partial, "wb") as f:
         np.savez(f, **arrays)
@@ -116,30 +119,27 @@ def store(
 @explaining_workers()
 def over_clips(
     module: nn.Module,
-    data: ClipSet,
+    clip_set: ClipSet,
     config: Config,
     read: Callable[[Any], Tensor],
     views: Sequence[View] = (unchanged,),
-    *,
-    device: str = "auto",
-    workers: int = 2,
+    machine: Machine = AUTO,
 ) -> np.ndarray:
     """What `read` takes from the module's outputs, averaged over a video's clips: float32 (len(views), V, K).
 
     Every view of the decoded clips passes through the module, so that a video is decoded once. Raises ValueError where
     an average is not finite: neighbours and classes would be found among such numbers too, and mean nothing.
     """
-    where = torch.device(choose_device(device))
+    where = torch.device(choose_device(machine.device))
     module.to(where).eval()
     channels_last(module)
-    loader = make_loader(data, workers, where, batch_size=VIDEOS_A_BATCH)
-    network, settings = data.modality, data.shards.settings
+    loader = make_loader(clip_set, machine.workers, where, batch_size=VIDEOS_A_BATCH)
+    network, settings = clip_set.modality, clip_set.shards.settings
+    progress: dict[str, Any] = {"unit": " videos", "unit_scale": VIDEOS_A_BATCH, "disable": None, "leave": False}
     found: list[Tensor] = []
     with torch.inference_mode():
-        for batch in tqdm(
-            loader, desc=NETWORKS[network], unit=" videos", unit_scale=VIDEOS_A_BATCH, disable=None, leave=False
-        ):
-            clips = batch[KEYS[network]].to(where, non_blocking=True)  # (V, clips, ...)
+        for batch in tqdm(loader, desc=NETWORKS[network], **progress):
+            clips = batch[SAMPLE_KEYS[network]].to(where, non_blocking=True)  # (V, clips, ...)
             values = []
             for view in views:
                 raw = view(clips, batch["index"]).flatten(0, 1)  # (V clips, ...)
@@ -152,8 +152,10 @@ def over_clips(
     return every
 
 
-def part(run: Run, network: Network) -> nn.Module:
-    """The V-, I- or M-Network of a run."""
+def part(run: Run | Foreign, network: Network) -> nn.Module:
+    """The V-, I- or M-Network of a run; a foreign network is a V-Network."""
+    if isinstance(run, Foreign):
+        return run.network
     module = getattr(run.model, network, None)
     if network == "motion":
         module = getattr(module, "network", None)
@@ -164,7 +166,7 @@ def part(run: Run, network: Network) -> nn.Module:
 
 def prepare(raw: Tensor, network: Network, config: Config, settings: Settings) -> Tensor:
     """Stored pixels or vectors of n clips -> what the network takes, centre crop, nothing drawn."""
-    height, width = (settings.height, settings.width)
+    width, height = settings.width, settings.height
     box = augment.fixed_box(width, height).to(raw.device).expand(len(raw), 4)
     flip = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
     if network == "motion":

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from eval.features import Run
-from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
+from eval.features import AUTO, Machine, Run
+from eval.results import Data, Row
 from train.config import Pretraining
 from train.data import EpochSampler
 from train.device import channels_last, choose_device
@@ -30,10 +29,26 @@ class Pretext:
     batch: int
     """Videos a batch, which are the candidates: the run's number, or as many as there are."""
 
+    @property
+    def protocol(self) -> str:
+        return (
+            f"one epoch over the test videos in batches of {self.batch}, clips, crops and colours drawn as in "
+            "training, dropout off, running statistics of batch norm; a clip's own I-frame among those of the batch, a "
+            "motion point's own among those of the batch and of the further windows"
+        )
+
+    def records(self) -> list[Row]:
+        about = {"kind": "pretext", "network": "video", "videos": self.videos, "protocol": self.protocol}
+        return [about | {"metrics": self.metrics}]
+
+    def markdown(self, title: str) -> str:
+        lines = [f"{self.videos} test videos, {self.left} left over; {self.protocol}", title]
+        return "\n".join([*lines, *(f"{name} {value:.1f} %" for name, value in self.metrics.items())])
+
 
 @explaining_workers()
-def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "auto", workers: int = 2) -> Pretext:
-    """One epoch of the run's own task over the manifest's test videos, without learning.
+def measure(run: Run, data: Data, machine: Machine = AUTO) -> Pretext:
+    """One epoch of the run's own task over the test videos, without learning.
 
     Clips, crops and colours are drawn as in training, and batches are as large, since the accuracy depends on how many
     candidates there are; dropout is off, and batch norm uses its running statistics. ValueError where the run has no
@@ -41,8 +56,8 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
     """
     if not (isinstance(run.config, Pretraining) and isinstance(run.model, PretrainingModel)):
         raise ValueError(f"{run.folder} was trained with labels: pretext tasks are those of a pretraining run")
-    where = torch.device(choose_device(device))
-    task = PretrainingTask(run.config, shards, manifest.subset("test"))
+    where = torch.device(choose_device(machine.device))
+    task = PretrainingTask(run.config, data.shards, data.manifest.subset("test"))
     if run.config.objective.alpha == 1 and run.config.objective.motion_loss == "mse":
         raise ValueError(f"{run.folder} ({run.recipe}) regresses motion vectors, which has no accuracy")
     model = run.model.to(where).eval()
@@ -51,7 +66,7 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
     if size < 2:
         raise ValueError("one test video has nothing to be told from: name a manifest with more test rows")
     sampler = EpochSampler(len(task.data), size, seed=run.config.seed)
-    loader = make_loader(task.data, workers, where, batch_sampler=sampler)
+    loader = make_loader(task.data, machine.workers, where, batch_sampler=sampler)
     total: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=where))
     with torch.inference_mode():
         for batch in tqdm(loader, unit="batch", desc="pretext tasks", disable=None, leave=False):
@@ -62,12 +77,3 @@ def pretext(run: Run, shards: ShardSet, manifest: Manifest, *, device: str = "au
                     total[name.replace("_", " ")] += value
     metrics = {name: float(100 * value / sampler.steps) for name, value in total.items()}
     return Pretext(metrics, sampler.steps * size, sampler.dropped, size)
-
-
-def protocol(batch: int) -> str:
-    """How the accuracies are made, in one sentence; it is printed and stored with every number."""
-    return (
-        f"one epoch over the test videos in batches of {batch}, clips, crops and colours drawn as in "
-        "training, dropout off, running statistics of batch norm; a clip's own I-frame among those of the batch, a "
-        "motion point's own among those of the batch and of the further windows"
-    )

@@ -6,16 +6,14 @@ Legend: Q test videos, G training videos, C channels, K neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from eval import rows
-from eval.features import Network, Run, protocol, sides
-from eval.retrieve import labellings, neighbours
-from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
-from train.config import Config
+from eval.features import AUTO, Machine, Network, Run, protocol, sides
+from eval.results import Data, Row, number_table
+from eval.retrieve import chance, chance_line, labellings, nearest
 
 KS = tuple(range(1, 21))
 SHOWN = (1, 5, 10, 20)
@@ -27,36 +25,58 @@ LINEAR = f"logistic regression on features standardised by the training videos, 
 
 @dataclass(frozen=True)
 class Probe:
-    """Percent of test videos recognised, for each labelling ('class', or 'context', 'motion' and 'both')."""
+    """Percent of test videos recognised, for each of `retrieve.labellings`."""
 
     queries: int
     gallery: int
+    network: Network
     knn: dict[str, dict[int, float]]
     """By the number of neighbours that vote."""
     linear: dict[str, float]
+    chance: dict[str, float]
+    protocol: str
+
+    def records(self) -> list[Row]:
+        """A row for the votes and one for the linear probe."""
+        common = {"network": self.network, "queries": self.queries, "gallery": self.gallery}
+        votes = {f"{name} top-1 k={k}": v for name, by_k in self.knn.items() for k, v in by_k.items()}
+        linear = {f"{name} top-1": value for name, value in self.linear.items()}
+        return [
+            common | {"kind": "knn", "metrics": votes, "protocol": f"{self.protocol}; {VOTE}"},
+            common | {"kind": "linear", "metrics": linear, "protocol": f"{self.protocol}; {LINEAR}"},
+        ]
+
+    def markdown(self, title: str) -> str:
+        return compared({title: self})
 
 
-def probe(
-    run: Run,
-    shards: ShardSet,
-    manifest: Manifest,
-    network: Network = "video",
-    *,
-    device: str = "auto",
-    workers: int = 2,
-) -> Probe:
+def measure(run: Run, data: Data, network: Network = "video", machine: Machine = AUTO) -> Probe:
     """k-NN and a linear probe of a run's features. ValueError where a video has no label, or one class is all."""
-    test, train = sides(run, shards, manifest, network, device=device, workers=workers)
-    (queries, query_labels, _), (gallery, gallery_labels, _) = test, train
-    order = neighbours(queries, gallery, max(KS))
+    test, train = sides(run, data, network, machine)
+    order = nearest(test.vectors, train.vectors, max(KS))
     knn: dict[str, dict[int, float]] = {}
-    linear: dict[str, float] = {}
-    for name, number in labellings(shards.classes).items():
-        known, true = number[gallery_labels], number[query_labels]
-        voted = vote(known[order])
-        knn[name] = {k: _percent(guess == true) for k, guess in zip(KS, voted.T)}
-        linear[name] = _percent(classify(gallery, known, queries) == true)
-    return Probe(len(queries), len(gallery), knn, linear)
+    linear, by_chance = {}, {}
+    for name, number in labellings(data.shards.classes).items():
+        known, true = number[train.label], number[test.label]
+        knn[name] = {k: _percent(guess == true) for k, guess in zip(KS, vote(known[order]).T)}
+        linear[name] = _percent(linear_classifier(train.vectors, known, test.vectors) == true)
+        by_chance[name] = chance(true, known)
+    return Probe(len(test.label), len(train.label), network, knn, linear, by_chance, protocol(run.config, network))
+
+
+def compared(found: Mapping[str, Probe]) -> str:
+    """Markdown: a line a network, for each labelling some votes and the linear probe, in percent."""
+    first = next(iter(found.values()))
+    lines = {title: _shown(probe) for title, probe in found.items()}
+    how = f"{first.queries} queries, {first.gallery} in the gallery; {first.protocol}\nk=: {VOTE}\nlinear: {LINEAR}"
+    return f"{how}\n{number_table(lines)}\n{chance_line(first.chance)}"
+
+
+def _shown(probe: Probe) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, by_k in probe.knn.items():
+        found |= {f"{name} k={k}": by_k[k] for k in SHOWN if k in by_k} | {f"{name} linear": probe.linear[name]}
+    return found
 
 
 def vote(labels: np.ndarray) -> np.ndarray:
@@ -74,42 +94,18 @@ def vote(labels: np.ndarray) -> np.ndarray:
     return elected
 
 
-def classify(features: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Classes of queries (Q, C) by a linear classifier of features (G, C) with labels (G,): (Q,)."""
+def linear_classifier(vectors: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Classes (Q,) that a linear classifier of vectors (G, C) with labels (G,) gives to queries (Q, C)."""
     try:
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ValueError("the linear probe needs scikit-learn: pip install '.[eval]'") from error
-    scale = StandardScaler().fit(features.astype(np.float64))
-    model = LogisticRegression(C=C, max_iter=STEPS).fit(scale.transform(features.astype(np.float64)), labels)
+    scale = StandardScaler().fit(vectors.astype(np.float64))
+    model = LogisticRegression(C=C, max_iter=STEPS).fit(scale.transform(vectors.astype(np.float64)), labels)
     if model.n_iter_.max() >= STEPS:
         raise ValueError(f"the linear probe did not settle in {STEPS} steps: are the features sound?")
     return model.predict(scale.transform(queries.astype(np.float64)))
-
-
-def found_rows(found: Probe, config: Config, network: Network) -> list[rows.Row]:
-    """What the two result rows say beside where they come from (`rows.about`)."""
-    common = {"network": network, "queries": found.queries, "gallery": found.gallery}
-    how = protocol(config, network)
-    votes = {f"{name} top-1 k={k}": v for name, values in found.knn.items() for k, v in values.items()}
-    linear = {f"{name} top-1": value for name, value in found.linear.items()}
-    return [
-        common | {"kind": "knn", "metrics": votes, "protocol": f"{how}; {VOTE}"},
-        common | {"kind": "linear", "metrics": linear, "protocol": f"{how}; {LINEAR}"},
-    ]
-
-
-def table(found: dict[str, Probe]) -> str:
-    """Markdown: a row a run, for each labelling some votes and the linear probe, in percent."""
-    first = next(iter(found.values()))
-    shown = [k for k in SHOWN if k in next(iter(first.knn.values()))]
-    heads = [f"{name} {how}" for name in first.knn for how in (*(f"k={k}" for k in shown), "linear")]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    for run, probes in found.items():
-        values = [v for name in first.knn for v in (*(probes.knn[name][k] for k in shown), probes.linear[name])]
-        lines.append(f"| {run} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
-    return "\n".join(lines)
 
 
 def _percent(hits: np.ndarray) -> float:

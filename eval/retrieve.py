@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from eval import rows
-from eval.features import CLIPS, Network, Run, protocol, sides
-from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
-from train.config import Config
+from eval.features import AUTO, Machine, Network, Run, protocol, sides
+from eval.results import Data, Row, number_table
 
 KS = (1, 5, 10, 20)
 
@@ -21,23 +18,69 @@ KS = (1, 5, 10, 20)
 class Retrieval:
     """Neighbours of every query, and the recalls they give."""
 
+    data: Data
+    network: Network
     query: np.ndarray
-    """Shard-set positions of the queries, int64 (Q,)."""
+    """Positions of the queries in the shard set, int64 (Q,)."""
     gallery: np.ndarray
-    """Shard-set positions of the gallery, int64 (G,)."""
+    """Positions of the gallery, int64 (G,)."""
     order: np.ndarray
     """Gallery rows by falling similarity, int64 (Q, k)."""
     recalls: dict[str, dict[int, float]]
-    """For each labelling its R@k in percent; 'class', and for labels of the form context/motion each part too."""
+    """For each of `labellings` its R@k in percent."""
+    chance: dict[str, float]
+    """R@1 in percent of a neighbour drawn at random."""
+    protocol: str
+
+    def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
+        return {f"{name} R@{k}": of[k] for name, of in self.recalls.items() for k in ks if k in of}
+
+    def records(self) -> list[Row]:
+        sizes = {"queries": len(self.query), "gallery": len(self.gallery)}
+        about = {"kind": "retrieval", "network": self.network, "protocol": self.protocol}
+        return [about | sizes | {"metrics": self.metrics()}]
+
+    def markdown(self, title: str) -> str:
+        return compared({title: self}, KS)
+
+    def draw(self, title: str, out: Path) -> Path:
+        from eval import neighbours
+
+        return neighbours.draw({title: self}, out)
 
 
-def names(folders: Sequence[Path]) -> list[str]:
+def measure(
+    run: Run, data: Data, network: Network = "video", machine: Machine = AUTO, ks: Sequence[int] = KS
+) -> Retrieval:
+    """Test videos query the training videos, by the protocol of `eval.features.protocol`."""
+    test, train = sides(run, data, network, machine)
+    order = nearest(test.vectors, train.vectors, max(ks))
+    labelled = {name: (of[test.label], of[train.label]) for name, of in labellings(data.shards.classes).items()}
+    recalls = {name: {k: recall(order, *labels, k) for k in ks} for name, labels in labelled.items()}
+    by_chance = {name: chance(*labels) for name, labels in labelled.items()}
+    how = protocol(run.config, network)
+    return Retrieval(data, network, test.video, train.video, order, recalls, by_chance, how)
+
+
+def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,)) -> str:
+    """Markdown: the recalls of some networks, a line each, with the protocol of the first, and chance."""
+    first = next(iter(found.values()))
+    how = f"{len(first.query)} queries, {len(first.gallery)} in the gallery; {first.protocol}"
+    table = number_table({title: retrieval.metrics(ks) for title, retrieval in found.items()})
+    return f"{how}\n{table}\n{chance_line(first.chance)}"
+
+
+def chance_line(chances: Mapping[str, float]) -> str:
+    return "R@1 by chance: " + ", ".join(f"{name} {value:.1f}" for name, value in chances.items())
+
+
+def folder_names(folders: Sequence[Path]) -> list[str]:
     """What tables and pictures call some runs: their folders' names where these differ, else their paths."""
     short = [folder.resolve().name for folder in folders]
     return [str(folder) for folder in folders] if len({*short, "untrained"}) <= len(folders) else short
 
 
-def neighbours(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
+def nearest(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
     """Rows of gallery (G, C) by falling cosine with each of queries (Q, C): int64 (Q, min(k, G)); ties by row."""
     q = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
     g = gallery / np.maximum(np.linalg.norm(gallery, axis=1, keepdims=True), 1e-12)
@@ -50,67 +93,16 @@ def recall(order: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarr
     return 100 * float(hits.any(1).mean())
 
 
+def chance(query_labels: np.ndarray, gallery_labels: np.ndarray) -> float:
+    """R@1 in percent of neighbours drawn at random."""
+    return 100 * float((query_labels[:, None] == gallery_labels).mean())
+
+
 def labellings(classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """For each way of scoring, the number that stands for each class; context/motion labels are scored three times."""
-    names = {"class": np.arange(len(classes))}
-    if classes and all(c.count("/") == 1 for c in classes):
-        contexts, motions = zip(*(c.split("/") for c in classes))
-        parts = {"context": contexts, "motion": motions}
-        names = {k: np.unique(v, return_inverse=True)[1] for k, v in parts.items()} | {"both": names["class"]}
-    return names
-
-
-def retrieve(
-    run: Run,
-    shards: ShardSet,
-    manifest: Manifest,
-    network: Network = "video",
-    *,
-    device: str = "auto",
-    workers: int = 2,
-    ks: Sequence[int] = KS,
-) -> Retrieval:
-    """Test rows of the manifest query its train rows, by the protocol of `eval.features.protocol`."""
-    test, train = sides(run, shards, manifest, network, device=device, workers=workers)
-    (queries, query_labels, query), (gallery, gallery_labels, places) = test, train
-    order = neighbours(queries, gallery, max(ks))
-    recalls = {
-        name: {k: recall(order, number[query_labels], number[gallery_labels], k) for k in ks}
-        for name, number in labellings(shards.classes).items()
-    }
-    return Retrieval(query, places, order, recalls)
-
-
-def row(found: Retrieval, config: Config, network: Network) -> rows.Row:
-    """What a result row says beside where it comes from (`rows.about`)."""
-    return {
-        "kind": "retrieval",
-        "network": network,
-        "queries": len(found.query),
-        "gallery": len(found.gallery),
-        "metrics": {f"{name} R@{k}": v for name, values in found.recalls.items() for k, v in values.items()},
-        "protocol": protocol(config, network, CLIPS),
-    }
-
-
-def table(found: dict[str, dict[str, dict[int, float]]], ks: Sequence[int]) -> str:
-    """Markdown: a row a run, a column a labelling and k; recalls in percent."""
-    first = next(iter(found.values()))
-    heads = [f"{name} R@{k}" for name in first for k in ks]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    for run, recalls in found.items():
-        lines.append(f"| {run} | " + " | ".join(f"{recalls[n][k]:.1f}" for n in first for k in ks) + " |")
-    return "\n".join(lines)
-
-
-def chance(shards: ShardSet, manifest: Manifest) -> dict[str, float]:
-    """R@1 in percent of a neighbour drawn at random from the gallery, for each labelling."""
-    known = {path: v for v, path in enumerate(shards.paths)}
-    labels = {
-        subset: shards.label[[known[p] for p in manifest.subset(subset).paths if p in known]]
-        for subset in ("test", "train")
-    }
-    return {
-        name: 100 * float((number[labels["test"]][:, None] == number[labels["train"]]).mean())
-        for name, number in labellings(shards.classes).items()
-    }
+    """For each way of scoring, the number that stands for each class: 'class', or of labels of the form context/motion
+    'context', 'motion' and 'both'."""
+    every = np.arange(len(classes))
+    if not classes or any(c.count("/") != 1 for c in classes):
+        return {"class": every}
+    parts = zip(("context", "motion"), zip(*(c.split("/") for c in classes)))
+    return {name: np.unique(of, return_inverse=True)[1] for name, of in parts} | {"both": every}

@@ -174,3 +174,26 @@ def undisturbed(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     start(tiny, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def joint_run(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch of both pretext tasks, its weights kept."""
+    return _one_epoch("small", tiny, tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture(scope="session")
+def labelled_run(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch with labels, its weights kept."""
+    return _one_epoch("small-scratch", tiny, tmp_path_factory.mktemp("evaluated"))
+
+
+def _one_epoch(recipe: str, tiny: tuple[Path, Path], folder: Path) -> Path:
+    from train.config import Runtime
+    from train.loop import train
+    from train.runs import Origin
+
+    config, runtime = tiny_config(recipe, batch_size=4, epochs=1), Runtime("cpu", 0, keep_epochs=(1,))
+    rows, origin = Manifest.read(tiny[1]).subset("train"), Origin(recipe, "split", "train")
+    train(config, runtime, tiny[0], rows, folder / recipe, origin)
+    return folder / recipe

@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from evaluating import CPU, Tiny, evaluate, options
 from hypothesis import given
 from hypothesis import strategies as st
-from running import RUNTIME, Tiny
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from torch import Tensor, nn
 
-from eval import __main__ as command
-from eval import classify, features
+from eval import classify, features, figures
 from eval.classify import Classification, top
+from eval.results import Data
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
-from train.loop import train
-from train.runs import Origin
 from train.trained import load_run
-
-
-@pytest.fixture(scope="module")
-def supervised(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One epoch with labels; its weights are kept."""
-    out = tmp_path_factory.mktemp("classified") / "scratch"
-    config = tiny_config("small-scratch", batch_size=4, epochs=1)
-    rows = Manifest.read(tiny[1]).subset("train")
-    train(config, replace(RUNTIME, keep_epochs=(1,)), tiny[0], rows, out, Origin("small-scratch", "split", "train"))
-    return out
-
-
-@pytest.fixture(scope="module")
-def pretrained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pretrained") / "context"
-    config = tiny_config("small-context", batch_size=12, epochs=1)
-    train(config, RUNTIME, tiny[0], Manifest.read(tiny[1]).subset("train"), out, Origin("small-context"))
-    return out
 
 
 def random(classes: int, videos: int, seed: int = 0) -> Classification:
@@ -53,7 +30,7 @@ def random(classes: int, videos: int, seed: int = 0) -> Classification:
     scores = rng.random((videos, classes)).astype(np.float32)
     scores[np.arange(videos), label] += rng.random(videos).astype(np.float32) > 0.5
     names = tuple(f"class {chr(97 + k % 26)}{k}" for k in range(classes))
-    return Classification(names, scores, label)
+    return Classification("videos", names, scores, label, "protocol")
 
 
 # ---- counting
@@ -78,17 +55,20 @@ def test_counts_are_those_of_scikit_learn(seed: int, classes: int, videos: int) 
 
 def test_counts_by_hand() -> None:
     scores = np.array([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.4, 0.4, 0.2]], np.float32)
-    found = Classification(("a", "b", "c"), scores, np.array([2, 2, 0, 1]))
+    found = Classification("three", ("a", "b", "c"), scores, np.array([2, 2, 0, 1]), "how")
     assert [top(found.scores, found.label, k) for k in (1, 2, 3)] == [50, 100, 100]  # of equal scores the first class
     assert found.confusion.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 1]]
     assert found.per_class == [100, 0, 50]
     assert found.metrics == {"top-1": 50}  # three classes: no top-5
     assert set(random(5, 9).metrics) == set(random(6, 9).metrics) == {"top-1", "top-5"}
-    assert classify.table(found).splitlines()[2:] == [
+    assert found.markdown("mine").splitlines() == [
+        "4 videos; how",
+        "| class | videos | top-1 | most often taken for |", "|---|---:|---:|---|",
         "| a | 1 | 100.0 |  |", "| b | 1 | 0.0 | a (1) |", "| c | 2 | 50.0 | b (1) |",
+        "mine, on three: top-1 50.0",
     ]  # fmt: skip
-    alone = Classification(("a", "b"), scores[:1, :2], np.array([1]))
-    assert alone.per_class == [None, 100] and "| a | 0 |  |  |" in classify.table(alone)
+    alone = Classification("one", ("a", "b"), scores[:1, :2], np.array([1]), "how")
+    assert alone.per_class == [None, 100] and "| a | 0 |  |  |" in alone.markdown("mine")
 
 
 # ---- scores
@@ -107,12 +87,11 @@ class Brightness(nn.Module):
 
 
 def test_softmax_scores_of_ten_clips_are_averaged(
-    tiny: Tiny, supervised: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, labelled_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, table, shards = load_run(supervised), Manifest.read(tiny[1]), ShardSet(tiny[0])
-    stand_in = Brightness()
+    data, stand_in = Data.open(*tiny), Brightness()
     monkeypatch.setattr(classify, "check", lambda *_: None)
-    found = classify.classify(replace(loaded, model=stand_in), shards, table, device="cpu", workers=0)  # type: ignore[arg-type]
+    found = classify.measure(replace(load_run(labelled_run), model=stand_in), data, CPU)  # type: ignore[arg-type]
     clips = torch.cat(stand_in.seen)
     assert clips.shape == (8 * 10, 3, 8, 32, 32)
     first = clips[:, 0, 0, 0, 0].double().numpy().reshape(8, 10)
@@ -120,18 +99,16 @@ def test_softmax_scores_of_ten_clips_are_averaged(
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(found.scores, expected.mean(1), atol=1e-6)
     assert not np.allclose(expected.mean(1), np.exp(logits.mean(1)) / np.exp(logits.mean(1)).sum(-1, keepdims=True))
-    names = [found.classes[k] for k in found.label]
-    assert names == list(table.subset("test").labels)
+    assert [found.classes[k] for k in found.label] == list(data.manifest.subset("test").labels)
 
 
 def test_scores_do_not_depend_on_dropout_nor_on_the_batch(
-    tiny: Tiny, supervised: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, labelled_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scores() -> np.ndarray:
-        loaded = load_run(supervised, "epoch-0001")
+        loaded = load_run(labelled_run, "epoch-0001")
         assert loaded.config.supervision.dropout > 0  # type: ignore[attr-defined]
-        table, shards = Manifest.read(tiny[1]), ShardSet(tiny[0])
-        return classify.classify(loaded, shards, table, device="cpu", workers=0).scores
+        return classify.measure(loaded, Data.open(*tiny), CPU).scores
 
     first = scores()
     np.testing.assert_array_equal(scores(), first)
@@ -140,23 +117,26 @@ def test_scores_do_not_depend_on_dropout_nor_on_the_batch(
     np.testing.assert_allclose(scores(), first, atol=1e-5)
 
 
-def test_scores_that_are_not_finite_are_no_result(tiny: Tiny, supervised: Path) -> None:
-    loaded = load_run(supervised)
-    loaded.model.classifier.weight.data.fill_(float("nan"))  # type: ignore[union-attr, operator]
-    with pytest.raises(ValueError, match="not finite"):
-        classify.classify(loaded, ShardSet(tiny[0]), Manifest.read(tiny[1]), device="cpu", workers=0)
-
-
 # ---- what is refused
 
 
-def test_a_pretrained_run_has_no_classifier(tiny: Tiny, pretrained: Path) -> None:
-    with pytest.raises(ValueError, match=r"no classifier.*--pretrained .*context.*python -m eval probe"):
-        classify.check(load_run(pretrained), ShardSet(tiny[0]).classes)
+def test_what_cannot_be_scored_is_refused(
+    tiny: Tiny, labelled_run: Path, joint_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, loaded = Data.open(*tiny), load_run(labelled_run)
+    with pytest.raises(ValueError, match=r"no classifier.*--pretrained .*small.*python -m eval probe"):
+        classify.measure(load_run(joint_run), data, CPU)
+    loaded.model.classifier.weight.data.fill_(float("nan"))  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="not finite"):
+        classify.measure(loaded, data, CPU)
+    shards, rows = ShardSet(tiny[0]), data.manifest
+    monkeypatch.setattr(shards, "label", np.full(20, -1, np.int32))
+    with pytest.raises(ValueError, match="8 of 8 test videos have no label"):
+        classify.measure(loaded, Data(shards, Manifest(rows.paths, ("",) * 20, rows.subsets), "nameless"), CPU)
 
 
-def test_other_classes_are_named(supervised: Path) -> None:
-    loaded = load_run(supervised)
+def test_other_classes_are_named(labelled_run: Path) -> None:
+    loaded = load_run(labelled_run)
     mine = ["a/left", "a/right", "b/left", "b/right"]
     classify.check(loaded, mine)
     for classes, message in (
@@ -169,71 +149,44 @@ def test_other_classes_are_named(supervised: Path) -> None:
             classify.check(loaded, classes)
 
 
-def test_videos_without_labels_cannot_be_scored(tiny: Tiny, supervised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = ShardSet(tiny[0])
-    monkeypatch.setattr(shards, "label", np.full(20, -1, np.int32))
-    table = Manifest.read(tiny[1])
-    nameless = Manifest(table.paths, ("",) * 20, table.subsets)
-    with pytest.raises(ValueError, match="8 of 8 test videos have no label"):
-        classify.classify(load_run(supervised), shards, nameless)
-
-
 # ---- the command and the picture
 
 
-def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["python -m eval", *map(str, arguments)])
-    monkeypatch.chdir(ROOT)
-    return command.main()
-
-
 def test_the_command_stores_a_row_with_its_confusion(
-    tiny: Tiny, supervised: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tiny: Tiny, labelled_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--shards", tiny[0], "--manifest", tiny[1], "--device", "cpu", "--workers", "0"]
     picture = tmp_path / "new" / "confusion.png"
     kept = ["--weights", "epoch-0001", "--picture", picture]
-    assert evaluate(monkeypatch, "classify", "--run", supervised, *options, *kept) == 0
+    assert evaluate(monkeypatch, "classify", labelled_run, *options(tiny), *kept) == 0
     said = capsys.readouterr().out
     path = Path(said.split("stored in ")[1].strip())
     row = json.loads(path.read_text())
-    assert path.parent == supervised / "results" and path.name.startswith("classification-")
+    assert path.parent == labelled_run / "results" and path.name.startswith("classification-")
     assert (row["kind"], row["network"], row["weights"], row["epoch"]) == ("classification", "video", "epoch-0001", 1)
-    assert row["recipe"] == "small-scratch" and row["dataset"] == "split"
     counts = np.array(row["confusion"])
-    assert row["classes"] == ["a/left", "a/right", "b/left", "b/right"] and counts.shape == (4, 4)
-    assert counts.sum(1).tolist() == [2, 2, 2, 2]
+    assert row["classes"] == ["a/left", "a/right", "b/left", "b/right"] and counts.sum(1).tolist() == [2, 2, 2, 2]
     assert row["metrics"] == {"top-1": pytest.approx(100 * np.trace(counts) / 8)}
-    assert row["per_class"] == pytest.approx(50.0 * np.diag(counts))
-    assert f"top-1 {row['metrics']['top-1']:.1f}" in said and said.startswith("8 videos; 10 evenly spread clips")
+    assert row["per_class"] == pytest.approx(50.0 * np.diag(counts)) and row["videos"] == 8
+    assert said.startswith("8 videos; 10 evenly spread clips")
+    assert f"small-scratch, epoch-0001, epoch 1, on split: top-1 {row['metrics']['top-1']:.1f}" in said
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert evaluate(monkeypatch, "classify", "--run", pretrained, *options) == 1
-    assert "has no classifier" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("classes", [2, 5, 101])
-def test_every_class_has_its_name_and_shade_in_the_picture(
-    classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *arguments: Any, **options: Any) -> None:
-        drawn.append(figure)
-        save(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
+def test_every_class_has_its_name_and_shade_in_the_picture(classes: int) -> None:
     found = random(classes, 40 * classes)
-    classify.draw(found, "title", tmp_path / "confusion.png")
-    axes = drawn[0].axes[0]
+    counts = found.confusion
+    counts[0] = 0  # a class without test videos
+    figure = figures.confusion(found.classes, counts, "title")
+    figure.canvas.draw()
+    axes = figure.axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == list(found.classes)
-    shown = np.asarray(axes.get_images()[0].get_array())
-    np.testing.assert_allclose(shown, 100 * found.confusion / found.confusion.sum(1, keepdims=True))
+    shown = np.ma.filled(axes.get_images()[0].get_array(), np.nan)
+    assert np.isnan(shown[0]).all()
+    np.testing.assert_allclose(shown[1:], 100 * counts[1:] / counts[1:].sum(1, keepdims=True))
     # Legible: a line of its own for each name, inside the picture, and no name under another.
     boxes = [t.get_window_extent() for t in axes.get_yticklabels()]
-    assert min(b.x0 for b in boxes) >= 0 and max(b.y1 for b in boxes) <= drawn[0].bbox.height
+    assert min(b.x0 for b in boxes) >= 0 and max(b.y1 for b in boxes) <= figure.bbox.height
     assert all(below.y1 <= above.y0 + 1 for above, below in pairwise(boxes))
-    numbers = [int(t.get_text()) for t in axes.texts]
-    assert sum(numbers) == (40 * classes if classes <= 20 else 0)
+    written = {tuple(map(round, t.get_position()[::-1])): int(t.get_text()) for t in axes.texts}
+    assert written == ({place: counts[place] for place in zip(*counts.nonzero())} if classes <= 20 else {})

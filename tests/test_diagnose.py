@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_shards, tiny_config
+from conftest import TINY, make_shards
+from evaluating import CPU, Tiny, evaluate, options
 from hypothesis import given
 from hypothesis import strategies as st
-from running import RUNTIME, Tiny
 from torch import Tensor, nn
 
-from eval import __main__ as command
 from eval import diagnose
 from eval.diagnose import OPPOSITES, VIEWS, Diagnosis, load_module, vectors
+from eval.results import Data, Foreign
 from preprocess import synthetic
-from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.config import Pretraining
 from train.draws import Sampling
-from train.loop import train
-from train.runs import Origin
 
 CONFIG = Pretraining(sampling=Sampling(frames=8, stride=1), size=32)
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """(shards, manifest) of scenes of three contexts and four headings: 48 to find among, 36 to ask with."""
     folder = tmp_path_factory.mktemp("scenes")
     table = synthetic.write(folder, synthetic.Scenes(contexts=3, motions=4, train=48, test=36, frames=16))
@@ -40,8 +36,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "stage1" / "shards", folder / "manifest.csv"
 
 
-def ask(module: nn.Module, scenes: tuple[Path, Path]) -> Diagnosis:
-    return diagnose.diagnose(module, CONFIG, ShardSet(scenes[0]), Manifest.read(scenes[1]), device="cpu", workers=0)
+def ask(module: nn.Module, scenes: Tiny, config: Pretraining = CONFIG) -> Diagnosis:
+    return diagnose.measure(Foreign(None, config, "mine", module), Data.open(*scenes), CPU)
 
 
 # ---- networks of which it is known what they know
@@ -71,7 +67,7 @@ class Constant(nn.Module):
         return torch.ones(len(x), 4, 2, 1, 1)
 
 
-def test_a_network_that_sees_one_frame_knows_scenes_and_no_motion(scenes: tuple[Path, Path]) -> None:
+def test_a_network_that_sees_one_frame_knows_scenes_and_no_motion(scenes: Tiny) -> None:
     found = ask(MiddleColour(), scenes)
     assert found.shares["as it is"]["context"] > 80 and found.knows("context")
     assert not found.knows("motion") and found.shares["as it is"]["motion"] < 50
@@ -80,7 +76,7 @@ def test_a_network_that_sees_one_frame_knows_scenes_and_no_motion(scenes: tuple[
     assert diagnose.summary(found) == "it sees scenes, and no motion"
 
 
-def test_a_network_that_sees_change_knows_motion_and_no_scenes(scenes: tuple[Path, Path]) -> None:
+def test_a_network_that_sees_change_knows_motion_and_no_scenes(scenes: Tiny) -> None:
     found = ask(Flow(), scenes)
     assert found.shares["as it is"]["motion"] > 90 and found.knows("motion") and not found.knows("context")
     assert found.shares["reversed"]["opposite"] > 90 and found.shares["reversed"]["motion"] < 5 and found.turns()
@@ -93,7 +89,7 @@ def test_a_network_that_sees_change_knows_motion_and_no_scenes(scenes: tuple[Pat
     assert "knows which way time runs: yes" in diagnose.verdict(found)
 
 
-def test_a_network_that_sees_both(scenes: tuple[Path, Path]) -> None:
+def test_a_network_that_sees_both(scenes: Tiny) -> None:
     class Both(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             parts = [MiddleColour()(x), Flow()(x)]
@@ -105,7 +101,7 @@ def test_a_network_that_sees_both(scenes: tuple[Path, Path]) -> None:
     assert diagnose.summary(found) == "it knows scenes and motion"
 
 
-def test_constant_features_are_at_chance(scenes: tuple[Path, Path]) -> None:
+def test_constant_features_are_at_chance(scenes: Tiny) -> None:
     found = ask(Constant(), scenes)
     chance = {"context": 100 / 3, "motion": 25, "both": 100 / 12, "opposite": 25}
     assert found.chance == pytest.approx(chance) and (found.queries, found.gallery) == (36, 48)
@@ -161,7 +157,7 @@ def test_shares_are_those_of_a_loop(seed: int, q: int, g: int, pairs: bool) -> N
     classes = [f"{c}/{m}" for c in "ab" for m in motions]
     query, gallery = rng.integers(0, len(classes), q), rng.integers(0, len(classes), g)
     nearest = {view: rng.integers(0, g, q) for view in VIEWS}
-    found = diagnose.compare(nearest, query, gallery, classes)
+    found = diagnose.count(nearest, query, gallery, classes)
     opposite = {"leftward": "rightward", "rightward": "leftward", "upward": "downward", "downward": "upward"}
     hits: dict[str, Any] = {
         "context": lambda a, b: a[0] == b[0],
@@ -219,20 +215,17 @@ def test_the_verdict_by_hand() -> None:
 
 
 def test_other_data_and_clips_without_an_order_are_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards, table = ShardSet(tiny[0]), Manifest.read(tiny[1])
     with pytest.raises(ValueError, match="clips of 2 frames have no order"):
-        diagnose.diagnose(Constant(), replace(CONFIG, sampling=Sampling(frames=2)), shards, table)
+        ask(Constant(), tiny, replace(CONFIG, sampling=Sampling(frames=2)))
     monkeypatch.setattr(ShardSet, "classes", ["jump", "run", "sit", "walk"])
     with pytest.raises(ValueError, match=r"not labelled context/motion \(but jump, run, sit, …\).*`make scenes`"):
-        diagnose.diagnose(Constant(), CONFIG, shards, table)
+        ask(Constant(), tiny)
 
 
 def test_motions_without_opposites_have_no_such_column(tiny: Tiny) -> None:
-    found = diagnose.diagnose(
-        Constant(), CONFIG, ShardSet(tiny[0]), Manifest.read(tiny[1]), device="cpu", workers=0
-    )  # fmt: skip
+    found = ask(Constant(), tiny)
     assert list(found.chance) == ["context", "motion", "both"]
-    assert diagnose.table(found).splitlines()[0] == "| queries | context | motion | both |"
+    assert "\n| queries | context | motion | both |\n" in found.markdown("mine")
     assert "which way time runs" not in diagnose.verdict(found)
 
 
@@ -284,7 +277,7 @@ def test_networks_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "users_fault.py").write_text("import a_library_that_is_not_there")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("Mean", "Maps"):
-        assert not load_module(f"users_networks:{name}", CONFIG).training
+        assert not load_module(f"users_networks:{name}", frames=8, size=32).network.training
     for name, message in (
         ("users_networks", "give package.module:factory"),
         ("users_networks:", "give package.module:factory"),
@@ -299,48 +292,40 @@ def test_networks_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("users_networks:Large", r"raised RuntimeError for clips \(2, 3, 8, 32, 32\): .*--frames and --size"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_module(name, CONFIG)
+            load_module(name, frames=8, size=32)
 
 
 # ---- the command
 
 
-def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["python -m eval", *map(str, arguments)])
-    monkeypatch.chdir(ROOT)
-    return command.main()
-
-
 def test_a_run_is_diagnosed(
-    tiny: Tiny, scenes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    scenes: Tiny, joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    out, picture = tmp_path / "run", tmp_path / "new" / "diagnosis.png"
-    rows = Manifest.read(tiny[1]).subset("train")
-    train(tiny_config(batch_size=12, epochs=1), RUNTIME, tiny[0], rows, out, Origin("small", "split", "train"))
-    options = ["--shards", scenes[0], "--manifest", scenes[1], "--device", "cpu", "--workers", "0"]
-    assert evaluate(monkeypatch, "diagnose", "--run", out, *options, "--picture", picture) == 0
+    picture = tmp_path / "new" / "diagnosis.png"
+    assert evaluate(monkeypatch, "diagnose", joint_run, *options(scenes), "--picture", picture) == 0
     said = capsys.readouterr().out
     path = Path(said.split("stored in ")[1].splitlines()[0])
     row = json.loads(path.read_text())
-    assert path.parent == out / "results" and path.name.startswith("diagnosis-")
+    assert path.parent == joint_run / "results" and path.name.startswith("diagnosis-")
     assert (row["kind"], row["recipe"], row["queries"], row["gallery"]) == ("diagnosis", "small", 36, 48)
     assert len(row["metrics"]) == 4 * 4 and row["chance"]["motion"] == pytest.approx(25)
     shares = [row["metrics"][f"{name} R@1 frozen"] for name in ("context", "motion", "both", "opposite")]
     assert "| frozen | " + " | ".join(f"{s:.1f}" for s in shares) + " |" in said
-    assert "knows context: " in said and "In short: " in said
+    assert "knows context: " in said and "In short: " in said and row["protocol"] in said
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert evaluate(monkeypatch, "diagnose", "--run", out, *options, "--size", "64", "--out", tmp_path) == 1
+    assert evaluate(monkeypatch, "diagnose", joint_run, *options(scenes), "--size", "64", "--out", tmp_path) == 1
     assert "--size, --out: a run has its own" in capsys.readouterr().err
 
 
 def test_a_network_of_ones_own_is_diagnosed(
-    scenes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    scenes: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (tmp_path / "users_backbone.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
-    options = ["--shards", scenes[0], "--manifest", scenes[1], "--device", "cpu", "--workers", "0"]
-    mine = ["--module", "users_backbone:Mean", "--frames", "8", "--size", "32"]
-    assert evaluate(monkeypatch, "diagnose", *mine, *options, "--out", tmp_path / "mine") == 0
+    mine = ["diagnose", "--module", "users_backbone:Mean", "--frames", "8", "--size", "32", *options(scenes)]
+    assert evaluate(monkeypatch, *mine) == 0
+    assert "not stored: --out FOLDER keeps it" in capsys.readouterr().out
+    assert evaluate(monkeypatch, *mine, "--out", tmp_path / "mine") == 0
     said = capsys.readouterr().out
     row = json.loads(Path(said.split("stored in ")[1].strip()).read_text())
     assert (row["recipe"], row["weights"], row["kind"]) == ("users_backbone:Mean", "given", "diagnosis")
@@ -348,8 +333,10 @@ def test_a_network_of_ones_own_is_diagnosed(
     # Means over time know no order: reversed and shuffled clips change nothing.
     shares = {view: [v for k, v in row["metrics"].items() if k.endswith(view)] for view in ("reversed", "shuffled")}
     assert shares["reversed"] == shares["shuffled"]
-    assert evaluate(monkeypatch, "diagnose", *mine, *options, "--run", tmp_path) == 1
-    assert "and not both" in capsys.readouterr().err
-    assert evaluate(monkeypatch, "diagnose", *options) == 1
-    assert evaluate(monkeypatch, "diagnose", "--module", "users_backbone:Mean", "--frames", "0", *options) == 1
-    assert "frames is 0; choose 1 or more" in capsys.readouterr().err
+    for wrong, complaint in (
+        ([*mine, tmp_path], "and not both"),
+        (["diagnose", *options(scenes)], "and not both"),
+        ([*mine[:3], "--frames", "0", *options(scenes)], "frames is 0; choose 1 or more"),
+    ):
+        assert evaluate(monkeypatch, *wrong) == 1
+        assert complaint in capsys.readouterr().err

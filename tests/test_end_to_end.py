@@ -59,7 +59,7 @@ def test_from_scenes_to_a_retrieval_number(tmp_path: Path) -> None:
     for name in ("loss", "context_loss", "context_accuracy", "motion_loss", "motion_accuracy", "clips_per_second"):
         assert all(np.isfinite(m[name]) for m in metrics), name
 
-    question = ["-m", "eval", "retrieve", "--run", run, "--shards", shards, "--manifest", split, "--device", "cpu"]
+    question = ["-m", "eval", "retrieve", run, "--shards", shards, "--manifest", split, "--device", "cpu"]
     answer = python(*question)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith("12 queries, 12 in the gallery; V-Network, 10 evenly spread clips")

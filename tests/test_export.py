@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from eval import __main__ as eval_command
 from eval import features
-from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
+from eval.features import Machine
+from eval.results import Data
 from train import __main__ as command
 from train.export import export, load_backbone
 from train.networks import build_video_network
@@ -48,10 +48,10 @@ def test_features_are_those_of_the_run_bit_for_bit(
     network, about = load_backbone(out)
     by_hand = build_video_network(about["backbone"], about["width"])
     by_hand.load_state_dict(load_file(out))
-    shards, rows = ShardSet(tiny[0]), Manifest.read(tiny[1]).subset("test")
+    data = Data.open(*tiny).subset("test")
 
     def look() -> np.ndarray:
-        return features.video_features(run, shards, rows, device="cpu", workers=0)[0]
+        return features.video_features(run, data, machine=Machine("cpu", 0)).vectors
 
     own = look()
     for other in (network, by_hand):
@@ -120,14 +120,15 @@ def test_a_failed_export_leaves_what_was_there(
 @pytest.mark.parametrize("network", ["video", "iframe", "motion"])
 def test_stored_features(runs: dict[str, Path], tiny: Tiny, tmp_path: Path, network: features.Network) -> None:
     out, folder = tmp_path / "new" / "features.npz", runs["pretraining"]
-    data = ["--shards", str(tiny[0]), "--manifest", str(tiny[1])]
-    arguments = ["features", "--run", str(folder), *data, "--out", str(out), "--network", network]
+    given = ["--shards", str(tiny[0]), "--manifest", str(tiny[1])]
+    arguments = ["features", str(folder), *given, "--out", str(out), "--network", network]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["eval", *arguments, "--device", "cpu", "--workers", "0"])
         assert eval_command.main() == 0
     assert [p.name for p in out.parent.iterdir()] == ["features.npz"]
-    rows, shards, run = Manifest.read(tiny[1]), ShardSet(tiny[0]), load_run(folder)
-    expected, *_ = features.video_features(run, shards, rows, network, device="cpu", workers=0)
+    data, run = Data.open(*tiny), load_run(folder)
+    rows, shards = data.manifest, data.shards
+    expected = features.video_features(run, data, network, Machine("cpu", 0)).vectors
     with np.load(out, allow_pickle=False) as stored:
         np.testing.assert_array_equal(stored["features"], expected)
         assert stored["features"].dtype == np.float32 and stored["label"].dtype == np.int32

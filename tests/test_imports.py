@@ -68,15 +68,16 @@ names, (shards, table, out, config) = sys.argv[5:], sys.argv[1:5]
 for name in names: importlib.import_module(name)
 from pathlib import Path
 from train.trained import load_run
-from eval.retrieve import retrieve
+from eval.features import Machine
+from eval.results import Data
+from eval.retrieve import measure
 from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
 from train.config import Config, Runtime
 from train.loop import train
 rows = Manifest.read(Path(table))
 line = train(Config.from_json(config), Runtime("cpu", 0), Path(shards), rows.subset("train"), Path(out))
 assert line["step"] == 1, line
-found = retrieve(load_run(Path(out)), ShardSet(shards), rows, device="cpu", workers=0)
+found = measure(load_run(Path(out)), Data.open(Path(shards), Path(table)), machine=Machine("cpu", 0))
 assert found.recalls["both"][20] == 100
 """
     config = tiny_config(batch_size=12, epochs=1).to_json()
@@ -118,6 +119,21 @@ def test_imports_run_one_way(package: str) -> None:
                 continue
             within = name == "preprocess" or any(name == s or name.startswith(s + ".") for s in SHARED)
             assert top == "preprocess" and within, f"{path} imports {name}"
+
+
+def test_measuring_knows_nothing_of_publishing() -> None:
+    for path in sorted((ROOT / "eval").glob("*.py")):
+        names = {name for name in imported(path) if name.startswith("eval.publish")}
+        assert not names or path.name == "__main__.py", f"{path} imports {', '.join(names)}"
+
+
+def test_help_comes_without_torch() -> None:
+    python(
+        "import runpy\n"
+        "block('torch', 'matplotlib', 'h5py')\nsys.argv = ['eval', '--help']\n"
+        "try: runpy.run_module('eval', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+    )
 
 
 def test_the_check_sees_what_it_should(tmp_path: Path) -> None:

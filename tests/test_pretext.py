@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +10,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from evaluating import CPU, Tiny, evaluate, options
 from torch import Tensor, nn
 
-from eval import __main__ as command
 from eval import features, pretext
+from eval.results import Data
 from preprocess.manifest import Manifest
-from preprocess.shards import ShardSet
-from train import loop
-from train.config import Objective, Runtime
+from train import data
+from train.config import Objective
 from train.model import PretrainingModel
-from train.runs import Origin
-
-Tiny = tuple[Path, Path]
+from train.tasks import PretrainingTask
 
 
 def untrained(folder: Path, recipe: str = "small", **changes: object) -> features.Run:
@@ -45,7 +42,7 @@ def test_accuracies_are_those_of_a_matching_by_hand(
         return found
 
     monkeypatch.setattr(PretrainingModel, "forward", recording)
-    found = pretext.pretext(run, ShardSet(tiny[0]), Manifest.read(tiny[1]), device="cpu", workers=0)
+    found = pretext.measure(run, Data.open(*tiny), CPU)
     assert len(kept) == 2 and (found.videos, found.left) == (8, 0)
     right: dict[str, list[bool]] = {"context accuracy": [], "motion accuracy": []}
     for clips, iframes, (predicted, targets, negatives) in kept:
@@ -58,50 +55,57 @@ def test_accuracies_are_those_of_a_matching_by_hand(
     assert found.metrics == pytest.approx({name: 100 * np.mean(hits) for name, hits in right.items()})
 
 
-def test_the_same_run_gives_the_same_accuracies_and_only_those_it_has(tiny: Tiny, tmp_path: Path) -> None:
-    shards, table = ShardSet(tiny[0]), Manifest.read(tiny[1])
-    run = untrained(tmp_path)
-    a, b = (pretext.pretext(run, shards, table, device="cpu", workers=0) for _ in range(2))
-    assert a == b
+def test_samples_are_drawn_as_in_training_with_the_seed_of_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, opened = untrained(tmp_path, seed=5), Data.open(*tiny)
+    seen: list[dict[str, Tensor]] = []
+    inputs = PretrainingTask.inputs
+    monkeypatch.setattr(PretrainingTask, "inputs", lambda task, batch: seen.append(batch) or inputs(task, batch))
+    assert pretext.measure(run, opened, CPU) == pretext.measure(run, opened, CPU)
+    order = np.random.default_rng([5, 0]).permutation(8)
+    assert [batch["index"].tolist() for batch in seen] == [order[:4].tolist(), order[4:].tolist()] * 2
+    c = run.config
+    samples = data.PretrainSet(opened.shards, opened.manifest.subset("test"), c.sampling, c.cropping, c.photometric, 5)
+    for batch in seen[:2]:
+        for place, index in enumerate(batch["index"].tolist()):
+            sample = samples[0, index]
+            for key in ("clip", "clip_box", "clip_photo", "iframe", "iframe_box", "motion", "motion_box"):
+                np.testing.assert_array_equal(batch[key][place], sample[key])
+
+
+def test_only_what_the_objective_ranks_has_an_accuracy(tiny: Tiny, tmp_path: Path) -> None:
+    opened = Data.open(*tiny)
     for alpha, name in ((0.0, "context accuracy"), (1.0, "motion accuracy")):
         alone = untrained(tmp_path, objective=Objective(alpha=alpha))
-        assert list(pretext.pretext(alone, shards, table, device="cpu", workers=0).metrics) == [name]
-
-
-def test_what_has_no_accuracy_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    shards, table = ShardSet(tiny[0]), Manifest.read(tiny[1])
+        assert list(pretext.measure(alone, opened, CPU).metrics) == [name]
     regressing = untrained(tmp_path, objective=Objective(alpha=1.0, motion_loss="mse"))
     with pytest.raises(ValueError, match="regresses motion vectors"):
-        pretext.pretext(regressing, shards, table)
+        pretext.measure(regressing, opened, CPU)
     labelled = replace(regressing, config=tiny_config("small-scratch"))
     with pytest.raises(ValueError, match="was trained with labels"):
-        pretext.pretext(labelled, shards, table)
+        pretext.measure(labelled, opened, CPU)
 
 
 def test_videos_that_do_not_fill_a_batch_are_a_smaller_one(tiny: Tiny, tmp_path: Path) -> None:
-    shards, table = ShardSet(tiny[0]), Manifest.read(tiny[1])
-    run = untrained(tmp_path)
-    small = pretext.pretext(replace(run, config=run.config.changed({"batch_size": 9})), shards, table, workers=0)
-    assert (small.videos, small.left, small.batch) == (8, 0, 8)
-    whole = pretext.pretext(replace(run, config=run.config.changed({"batch_size": 8})), shards, table, workers=0)
-    assert small == whole
-    one = next(n for n, subset in enumerate(table.subsets) if subset == "test")
-    alone = Manifest((table.paths[one],), (table.labels[one],), ("test",))
+    opened, run = Data.open(*tiny), untrained(tmp_path)
+    small, whole = (
+        pretext.measure(replace(run, config=run.config.changed({"batch_size": size})), opened, CPU) for size in (9, 8)
+    )
+    assert small == whole and (small.videos, small.left, small.batch) == (8, 0, 8)
+    rows = opened.manifest
+    one = rows.subsets.index("test")
+    alone = Data(opened.shards, Manifest((rows.paths[one],), (rows.labels[one],), ("test",)), "one")
     with pytest.raises(ValueError, match="one test video has nothing to be told from"):
-        pretext.pretext(run, shards, alone, workers=0)
+        pretext.measure(run, alone, CPU)
 
 
 def test_the_command_stores_a_row(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, joint_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows, origin = Manifest.read(tiny[1]).subset("train"), Origin("small", "split", "train")
-    runtime = Runtime(device="cpu", loader_workers=0)
-    loop.train(tiny_config(batch_size=4, epochs=1), runtime, tiny[0], rows, tmp_path / "run", origin)
-    arguments = ["pretext", "--run", str(tmp_path / "run"), "--shards", str(tiny[0]), "--manifest", str(tiny[1])]
-    monkeypatch.setattr(sys, "argv", ["python -m eval", *arguments, "--device", "cpu", "--workers", "0"])
-    assert command.main() == 0
+    assert evaluate(monkeypatch, "pretext", joint_run, *options(tiny)) == 0
     said = capsys.readouterr().out
     row = json.loads(Path(said.split("stored in ")[1].strip()).read_text())
     assert (row["kind"], row["epoch"], row["weights"], row["videos"]) == ("pretext", 1, "last", 8)
     assert set(row["metrics"]) == {"context accuracy", "motion accuracy"} and "batches of 4" in row["protocol"]
-    assert f"context accuracy {row['metrics']['context accuracy']:.1f} %" in said
+    assert f"context accuracy {row['metrics']['context accuracy']:.1f} %" in said and row["protocol"] in said

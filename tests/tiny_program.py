@@ -11,7 +11,7 @@ import sys
 from conftest import tiny_config
 
 from eval import __main__ as evaluation
-from eval import execute
+from eval.publish import missing
 from train import __main__ as training
 from train.config import Finetuning
 from train.recipes import RECIPES, Recipe
@@ -23,7 +23,7 @@ def main(package: str, arguments: list[str]) -> int:
     RECIPES.clear()
     RECIPES["scenes"] = Recipe(config, "Tiny.")
     RECIPES["scenes-finetune"] = Recipe(Finetuning(epochs=1, **same), "Tiny.")
-    execute.PYTHON = (sys.executable, __file__)
+    missing.PYTHON = (sys.executable, __file__)
     if package == "train":
         return training.main(arguments)
     sys.argv = [__file__, *arguments]

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval import svg
-from eval.cells import EPOCHS, FAMILIES, NINE, TITLES, Cell, cells, published
-from eval.rows import Row
+from eval.publish.cells import FAMILIES, NINE, TITLES, Cell, cells, published
+from eval.publish.collect import Refused
+from eval.results import Row
 from preprocess.files import replacing, write_text
-from preprocess.manifest import Manifest
-from train.config import Pretraining
-from train.recipes import RECIPES
 
 NOT_RUN = "not run"
 HEADS = ("table", "row", "column", "paper", "ours", "deviation", "seeds", "difference", "recipe", "rows", "note")
-MANIFESTS = Path(__file__).resolve().parent.parent / "data_manifests"
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class Table:
 
 
 def build(found: Sequence[Row], names: Iterable[str] = (*NINE, *FAMILIES)) -> list[Table]:
-    """The tables of sound rows (`rows.check`); a family of small recipes has one for each data set it ran on."""
+    """The tables of sound rows (`collect.check`); a family of small recipes has one for each data set it ran on."""
     paper = published()
     tables = []
     for name in names:
@@ -154,39 +150,23 @@ def markdown(table: Table) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def document(tables: Sequence[Table], refused: Sequence[tuple[Row, str]]) -> str:
+def document(tables: Sequence[Table], refused: Refused) -> str:
     """All tables as one Markdown page, ending with the rows that were left out."""
     filled = sum(1 for t in tables for e in t.entries.values() if e.value)
     total = sum(1 for t in tables for e in t.entries.values() if e.cell)
-    head = [
-        "# Tables",
-        "",
-        f"{filled} of {total} numbers were run here. Ours: mean ± sample deviation over seeds, in percent; a dash is a "
-        "dash in the paper.",
-        "",
-    ]
+    about = (
+        f"{filled} of {total} numbers were run here. Ours: mean ± sample deviation over seeds, in percent; a dash is"
+    )
+    head = ["# Tables", "", f"{about} a dash in the paper.", ""]
     tail = ["## Rows left out", "", *(f"- `{row['file']}`: {reason}." for row, reason in refused)] if refused else []
     return "\n".join([*head, *(markdown(t) for t in tables), *tail]).rstrip() + "\n"
 
 
 def write_csv(tables: Sequence[Table], path: Path) -> None:
-    """A line a cell, with the rows (`rows.identity`) that it is made of."""
+    """A line a cell, with the rows (`results.identity`) that it is made of."""
     with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
-        heads = (
-            "table",
-            "row",
-            "column",
-            "paper",
-            "ours",
-            "deviation",
-            "seeds",
-            "difference",
-            "recipe",
-            "rows",
-            "note",
-        )
-        writer.writerow(heads)
+        writer.writerow(HEADS)
         for table in tables:
             for (row, column), e in table.entries.items():
                 v = e.value
@@ -198,65 +178,10 @@ def write_csv(tables: Sequence[Table], path: Path) -> None:
                 writer.writerow([table.name, row, column, e.paper, *ours, difference, recipe, ids, e.note])
 
 
-def plots(tables: Sequence[Table]) -> dict[str, str]:
-    """Name -> <svg>: tables 3 and 7 over epochs, and for scenes how alpha moves what is learned."""
-    found = {}
-    for table in tables:
-        if table.name in ("3", "7"):
-            what = {"3": ("epoch of fine-tuning", "top-1, %"), "7": ("epoch of pretraining", "%")}[table.name]
-            found[f"table{table.name}"] = svg.chart(table.heading, _by_epoch(table), *what, EPOCHS, log=True)
-        elif table.name.split(" ")[0] == "scenes":
-            series = _by_alpha(table)
-            if series:
-                name = "alpha" if table.name == "scenes" else f"alpha on {table.name.split(' ')[-1]}"
-                title = f"How alpha moves what is learned ({table.name})"
-                found[name] = svg.chart(title, series, "alpha: weight of motion against context", "R@1, %")
-    return found
-
-
-def _by_epoch(table: Table) -> list[svg.Series]:
-    series = []
-    for colour, row in enumerate(table.rows):
-        entries = [(float(e), table.at(row, f"epoch {e}")) for e in EPOCHS]
-        paper = [(x, e.number, 0.0) for x, e in entries if e.number is not None]
-        ours = [(x, e.value.mean, e.value.deviation) for x, e in entries if e.value]
-        series.append(svg.Series(f"{row}, paper", paper, colour, dashed=True))
-        if ours:
-            series.append(svg.Series(f"{row}, ours", ours, colour))
-    return series
-
-
-def _by_alpha(table: Table) -> list[svg.Series]:
-    """A line a labelling, through the recipes that differ from the family's own in alpha alone."""
-    alphas: list[tuple[float, str]] = []
-    for row in table.rows:
-        recipe = RECIPES.get(row)
-        if recipe and isinstance(recipe.config, Pretraining):
-            base = RECIPES[recipe.base].config if recipe.base else recipe.config
-            alpha = recipe.config.objective.alpha
-            if recipe.config.changed({"objective.alpha": 0.5}) == base.changed({"objective.alpha": 0.5}):
-                alphas.append((alpha, row))
-    series = []
-    for colour, column in enumerate(table.columns):
-        values = [(alpha, table.at(row, column).value) for alpha, row in sorted(alphas)]
-        points = [(alpha, v.mean, v.deviation) for alpha, v in values if v]
-        if len(points) > 1:
-            series.append(svg.Series(column, points, colour))
-    return series
-
-
-def write(tables: Sequence[Table], refused: Sequence[tuple[Row, str]], out: Path) -> list[Path]:
+def write(tables: Sequence[Table], refused: Refused, plots: Mapping[str, str], out: Path) -> list[Path]:
     """tables.md, tables.csv and a picture a plot; their paths."""
     write_text(out / "tables.md", document(tables, refused))
     write_csv(tables, out / "tables.csv")
-    paths = [out / "tables.md", out / "tables.csv"]
-    for name, picture in plots(tables).items():
-        paths.append(out / f"{name.replace(' ', '-')}.svg")
-        write_text(paths[-1], svg.standalone(picture))
-    return paths
-
-
-def known_manifests(found: Iterable[Row]) -> dict[str, str]:
-    """Name -> hash of the committed manifests that rows are of."""
-    names = {row["dataset"] for row in found if "fault" not in row}
-    return {p.stem: Manifest.read(p).sha256 for p in sorted(MANIFESTS.glob("*.csv")) if p.stem in names}
+    for name, picture in plots.items():
+        write_text(out / f"{name}.svg", picture)
+    return [out / "tables.md", out / "tables.csv", *(out / f"{name}.svg" for name in plots)]

@@ -13,31 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluating import HASH, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import rows
+from eval import results
+from eval.publish import collect
+from eval.results import Row
 from train import runs
 from train.recipes import RECIPES
 
-HASH = "ab" * 32
+
+def sound(found: list[Row], **known: Any) -> list[Row]:
+    return collect.check(found, **known)[0]
 
 
-def example(recipe: str = "scenes", seed: int = 0, **changes: Any) -> rows.Row:
-    """A row that nothing is wrong with."""
-    row = dict.fromkeys(rows.TEXTS, "") | {name: HASH for name in rows.TEXTS if name.endswith("_sha256")}
-    row |= {"kind": "retrieval", "recipe": recipe, "network": "video", "weights": "last", "seed": seed, "epoch": 60.0}
-    row |= {"trained_on": "manifest", "dataset": "manifest", "when": "2026-01-02T03:04:05+00:00"}
-    row["config_sha256"] = RECIPES["scenes" if recipe == "gone" else recipe].config.changed({"seed": seed}).sha256()
-    return row | {"metrics": {"both R@1": 25.5, "both R@5": 50.0}} | changes
-
-
-def sound(found: list[rows.Row], **known: Any) -> list[rows.Row]:
-    return rows.check(found, **known)[0]
-
-
-def reasons(found: list[rows.Row], **known: Any) -> list[str]:
-    return [reason for _, reason in rows.check(found, **known)[1]]
+def reasons(found: list[Row], **known: Any) -> list[str]:
+    return [reason for _, reason in collect.check(found, **known)[1]]
 
 
 # ---- writing
@@ -46,13 +38,13 @@ def reasons(found: list[rows.Row], **known: Any) -> list[str]:
 def _write_many(arguments: tuple[Path, int]) -> None:
     folder, writer = arguments
     for number in range(10):
-        rows.write(folder, example(metrics={"top-1": float(writer), "top-5": float(number)}, kind="knn"))
+        results.write(folder, example(metrics={"top-1": float(writer), "top-5": float(number)}, kind="knn"))
 
 
 def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         pool.map(_write_many, [(tmp_path / "run", writer) for writer in range(4)], chunksize=1)
-    found = rows.read([tmp_path])
+    found = collect.read([tmp_path])
     assert sorted((r["metrics"]["top-1"], r["metrics"]["top-5"]) for r in found) == [
         (float(w), float(n)) for w in range(4) for n in range(10)
     ]
@@ -62,7 +54,7 @@ def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
 def _write_for_ever(folder: Path) -> None:
     number = 0
     while True:
-        rows.write(folder, example(metrics={"top-1": float(number)}))
+        results.write(folder, example(metrics={"top-1": float(number)}))
         number += 1
 
 
@@ -74,16 +66,16 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
     writer.kill()
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
-    found = rows.read([tmp_path])
+    found = collect.read([tmp_path])
     assert not reasons(found)
     assert sorted(r["metrics"]["top-1"] for r in found) == [float(n) for n in range(len(found))]
 
 
 def test_a_file_is_named_by_its_content(tmp_path: Path) -> None:
-    path = rows.write(tmp_path, example())
+    path = results.write(tmp_path, example())
     assert path.parent == tmp_path / "results"
     assert path.name == f"retrieval-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.json"
-    assert rows.write(tmp_path, example()) == path and len(list(path.parent.iterdir())) == 1
+    assert results.write(tmp_path, example()) == path and len(list(path.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,9 +87,9 @@ def test_a_file_is_named_by_its_content(tmp_path: Path) -> None:
         (example(epoch="60", split=1), "split, epoch of a wrong type"),
     ],
 )
-def test_what_is_no_row_is_refused(tmp_path: Path, row: rows.Row, complaint: str) -> None:
+def test_what_is_no_row_is_refused(tmp_path: Path, row: Row, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        rows.write(tmp_path, row)
+        results.write(tmp_path, row)
     assert not list(tmp_path.iterdir())
 
 
@@ -105,13 +97,13 @@ def test_what_is_no_row_is_refused(tmp_path: Path, row: rows.Row, complaint: str
 
 
 def test_rows_come_back_from_any_depth_with_their_files(tmp_path: Path) -> None:
-    paths = [rows.write(tmp_path / place, example(seed=n)) for n, place in enumerate(["a", "b/c", "b/d/e"])]
+    paths = [results.write(tmp_path / place, example(seed=n)) for n, place in enumerate(["a", "b/c", "b/d/e"])]
     (tmp_path / "a" / "results" / ".half.partial").write_text("{")
-    found = rows.read([tmp_path])
+    found = collect.read([tmp_path])
     assert [(r["file"], r["seed"]) for r in found] == [(str(p), n) for n, p in enumerate(paths)]
-    assert {k: found[0][k] for k in rows.KEYS} == {k: example()[k] for k in rows.KEYS}
+    assert {k: found[0][k] for k in results.KEYS} == {k: example()[k] for k in results.KEYS}
     with pytest.raises(ValueError, match="neither a folder of runs nor a CSV"):
-        rows.read([tmp_path / "nowhere"])
+        collect.read([tmp_path / "nowhere"])
 
 
 numbers = st.floats(0, 100) | st.integers(0, 100)
@@ -124,12 +116,12 @@ def test_a_csv_keeps_every_number_and_text(
     tmp_path_factory: pytest.TempPathFactory, metrics: dict[str, float], epoch: float, text: str
 ) -> None:
     folder = tmp_path_factory.mktemp("csv")
-    rows.write(folder, example(metrics=metrics, epoch=epoch, machine=text, per_class=[1.0, 2.0]))
-    rows.write(folder, example(seed=1))
-    first = rows.read([folder])
-    rows.export(first, folder / "results.csv")
-    second = rows.read([folder / "results.csv"])
-    plain = [sorted((r["id"], *((k, r[k]) for k in rows.KEYS)) for r in some) for some in (first, second)]
+    results.write(folder, example(metrics=metrics, epoch=epoch, machine=text, per_class=[1.0, 2.0]))
+    results.write(folder, example(seed=1))
+    first = collect.read([folder])
+    collect.export(first, folder / "results.csv")
+    second = collect.read([folder / "results.csv"])
+    plain = [sorted((r["id"], *((k, r[k]) for k in results.KEYS)) for r in some) for some in (first, second)]
     assert plain[0] == plain[1] and not reasons(second)
     assert len(sound(first + second)) == 2  # the same rows twice
     assert all(row["file"].endswith(".json") for row in sound(second + first))
@@ -138,17 +130,17 @@ def test_a_csv_keeps_every_number_and_text(
 def test_another_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("recipe,value\nscenes,3\n")
     with pytest.raises(ValueError, match=r"no CSV of results: .*backbone.* unknown or missing"):
-        rows.read([tmp_path / "results.csv"])
+        collect.read([tmp_path / "results.csv"])
 
 
 # ---- checking
 
 
 def test_a_row_that_was_changed_is_named(tmp_path: Path) -> None:
-    good, bad, cut = (rows.write(tmp_path, example(seed=n)) for n in range(3))
+    good, bad, cut = (results.write(tmp_path, example(seed=n)) for n in range(3))
     bad.write_text(bad.read_text().replace("25.5", "99.5"))
     cut.write_text(cut.read_text()[:40])
-    kept, refused = rows.check(rows.read([tmp_path]))
+    kept, refused = collect.check(collect.read([tmp_path]))
     assert [row["file"] for row in kept] == [str(good)]
     why = {row["file"]: reason for row, reason in refused}
     assert set(why) == {str(bad), str(cut)}
@@ -159,21 +151,21 @@ def test_a_row_that_was_changed_is_named(tmp_path: Path) -> None:
     ("old", "new", "reason"), [("25.5", "99.5", "changed after it was written"), ("60.0", "x", "cannot be read")]
 )
 def test_a_line_of_a_csv_that_was_changed_is_named(tmp_path: Path, old: str, new: str, reason: str) -> None:
-    rows.write(tmp_path, example())
-    rows.write(tmp_path, example(seed=1, metrics={"top-1": 3.0}, epoch=5))
-    rows.export(rows.read([tmp_path]), tmp_path / "results.csv")
+    results.write(tmp_path, example())
+    results.write(tmp_path, example(seed=1, metrics={"top-1": 3.0}, epoch=5))
+    collect.export(collect.read([tmp_path]), tmp_path / "results.csv")
     text = (tmp_path / "results.csv").read_text()
     (tmp_path / "results.csv").write_text(text.replace(old, new))
-    found = rows.read([tmp_path / "results.csv"])
+    found = collect.read([tmp_path / "results.csv"])
     assert [row["seed"] for row in sound(found)] == [1]
     (why,) = reasons(found)
     assert reason in why
 
 
-def read_back(tmp_path: Path, *some: rows.Row) -> list[rows.Row]:
+def read_back(tmp_path: Path, *some: Row) -> list[Row]:
     for number, row in enumerate(some):
-        rows.write(tmp_path / f"run{number}", row)
-    return rows.read([tmp_path])
+        results.write(tmp_path / f"run{number}", row)
+    return collect.read([tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -199,30 +191,27 @@ def test_of_equal_camps_the_later_stays(tmp_path: Path) -> None:
     assert sorted((row["seed"], row["dataset"]) for row in sound(found)) == [(0, "elsewhere"), (1, "manifest")]
 
 
-def test_a_known_manifest_decides_alone(tmp_path: Path) -> None:
-    found = read_back(tmp_path, example(), example(seed=1), example(seed=2, manifest_sha256="cd" * 32))
-    known = {"manifest": "cd" * 32}
-    assert [row["seed"] for row in sound(found, manifests=known)] == [2]
-    assert reasons(found, manifests=known) == ["its manifest_sha256 is abababab, that of manifest at hand cdcdcdcd"] * 2
-
-
-def test_shards_at_hand_decide_alone(tmp_path: Path) -> None:
-    found = read_back(tmp_path, example(), example(seed=1), example(seed=2, shards_sha256="cd" * 32))
-    assert [row["seed"] for row in sound(found, shards={"manifest": "cd" * 32})] == [2]
-    assert [row["seed"] for row in sound(found, shards={"other": "cd" * 32})] == [0, 1]
+@pytest.mark.parametrize("what", ["manifest", "shards"])
+def test_data_at_hand_decide_alone(tmp_path: Path, what: str) -> None:
+    key = f"{what}_sha256"
+    found = read_back(tmp_path, example(), example(seed=1), example(seed=2, **{key: "cd" * 32}))
+    known: Any = {"manifests" if what == "manifest" else "shards": {"manifest": "cd" * 32}}
+    assert [row["seed"] for row in sound(found, **known)] == [2]
+    assert reasons(found, **known) == [f"its {key} is abababab, that of manifest at hand cdcdcdcd"] * 2
+    elsewhere: Any = {name: {"other": "cd" * 32} for name in known}
+    assert [row["seed"] for row in sound(found, **elsewhere)] == [0, 1]
 
 
 def test_other_programs_networks_need_no_recipe(tmp_path: Path) -> None:
-    found = read_back(tmp_path, example("gone", kind="diagnosis", weights="given"))
-    assert len(sound(found)) == 1
+    assert sound(read_back(tmp_path, example("gone", kind="diagnosis", weights="given")))
 
 
 def test_replaced_weights_are_named(tmp_path: Path) -> None:
-    rows.write(tmp_path / "run", example(weights_sha256="01" * 32))
-    rows.write(tmp_path / "run", example(dataset="other", when="2026-01-03T00:00:00+00:00"))
-    rows.write(tmp_path / "run", example(epoch=5.0, weights="epoch-0005", weights_sha256="02" * 32))
-    rows.write(tmp_path / "another", example(weights_sha256="03" * 32))
-    found = rows.read([tmp_path])
+    results.write(tmp_path / "run", example(weights_sha256="01" * 32))
+    results.write(tmp_path / "run", example(dataset="other", when="2026-01-03T00:00:00+00:00"))
+    results.write(tmp_path / "run", example(epoch=5.0, weights="epoch-0005", weights_sha256="02" * 32))
+    results.write(tmp_path / "another", example(weights_sha256="03" * 32))
+    found = collect.read([tmp_path])
     assert {row["weights_sha256"][:2] for row in sound(found)} == {"ab", "02", "03"}
     assert ["have been replaced since" in why for why in reasons(found)] == [True]
 
@@ -230,35 +219,35 @@ def test_replaced_weights_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.inf, -1.0, 1e9, math.nan])
 def test_what_is_no_percentage_is_refused(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match="top-1"):
-        rows.write(tmp_path, example(metrics={"top-1": value}))
+        results.write(tmp_path, example(metrics={"top-1": value}))
     csv = tmp_path / "rows.csv"
-    rows.write(tmp_path / "run", example())
-    rows.export(sound(rows.read([tmp_path / "run"])), csv)
+    results.write(tmp_path / "run", example())
+    collect.export(sound(collect.read([tmp_path / "run"])), csv)
     csv.write_text(csv.read_text().replace("25.5", str(value)))
-    assert len(reasons(rows.read([csv]))) == 1
+    assert len(reasons(collect.read([csv]))) == 1
 
 
 def test_a_csv_that_was_cut_short_is_named(tmp_path: Path) -> None:
     csv = tmp_path / "rows.csv"
-    rows.write(tmp_path / "run", example())
-    rows.export(sound(rows.read([tmp_path / "run"])), csv)
+    results.write(tmp_path / "run", example())
+    collect.export(sound(collect.read([tmp_path / "run"])), csv)
     text = csv.read_text()
     for end in range(text.index("\n") + 2, len(text) - 1, 7):
         csv.write_text(text[:end])
-        assert sound(rows.read([csv])) == [], end
+        assert sound(collect.read([csv])) == [], end
 
 
 def test_a_run_says_in_what_it_is_not_its_recipe(tmp_path: Path) -> None:
     config = RECIPES["scenes"].config.changed({"epochs": 3})
-    rows.write(tmp_path, example(config_sha256=config.sha256()))
+    results.write(tmp_path, example(config_sha256=config.sha256()))
     about: dict[str, Any] = {name: kind() for name, kind in runs.KEYS.items()}
     about |= {"config": json.loads(config.to_json()), "config_sha256": config.sha256()}
     (tmp_path / "run.json").write_text(json.dumps(about))
-    (why,) = reasons(rows.read([tmp_path]))
+    (why,) = reasons(collect.read([tmp_path]))
     assert why.endswith("not those of the recipe scenes (epochs: 3 there, 60 here)")
     (tmp_path / "run.json").write_text(json.dumps(about | {"config_sha256": HASH}))
-    (why,) = reasons(rows.read([tmp_path]))
+    (why,) = reasons(collect.read([tmp_path]))
     assert f"not those of the run in {tmp_path}" in why
     (tmp_path / "run.json").write_text("{")
-    (why,) = reasons(rows.read([tmp_path]))
+    (why,) = reasons(collect.read([tmp_path]))
     assert "cannot be read" in why

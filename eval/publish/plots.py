@@ -1,0 +1,143 @@
+"""Line charts as SVG: tables 3 and 7 over epochs, how alpha moves what is learned, and how runs went."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval import figures
+from eval.publish.cells import EPOCHS
+from eval.publish.tables import Table
+from train import runs
+from train.config import Pretraining
+from train.recipes import RECIPES
+
+COLOURS = ("#3b82f6", "#ea580c", "#10a36e", "#a855f7", "#b45309", "#64748b")  # seen on white and on black
+POINTS = 150  # of a training's curve
+ACCURACIES = {"context_accuracy": 0, "motion_accuracy": 1, "class_accuracy": 2}
+"""Of metrics.jsonl, with their colours."""
+
+
+@dataclass(frozen=True)
+class Series:
+    name: str
+    """Empty of a line that is of the same thing as another."""
+    points: Sequence[tuple[float, float, float]]
+    """(x, y, half the length of the error bar), by rising x."""
+    colour: int
+    style: str = "o-"
+    """As matplotlib writes it: what ran here has dots, what the paper reports is dashed."""
+
+
+def chart(
+    title: str, series: Sequence[Series], x_label: str, y_label: str, ticks: Sequence[float] = (), log: bool = False
+) -> str:
+    """An SVG document. `ticks` are the places on the x axis."""
+    with figures.drawing() as Figure:
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for s in series:
+            x, y, error = zip(*s.points) if s.points else ((), (), ())
+            style: dict[str, Any] = {"color": COLOURS[s.colour % len(COLOURS)], "label": s.name or "_", "markersize": 4}
+            spread = error if any(error) else None
+            axes.errorbar(x, y, spread, fmt=s.style, linewidth=1.2 if "-" in s.style[-2:-1] else 1.8, **style)
+        if log:
+            axes.set_xscale("log")
+        if ticks:
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label, loc="right")
+        axes.set_ylabel(y_label)
+        axes.grid(axis="y", color="#8884", linewidth=0.7)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0, labelsize=9)
+        if any(s.name for s in series):
+            figure.legend(loc="outside upper left", ncols=3, fontsize=8.5, frameon=False)
+        return figures.svg(figure, title)
+
+
+def table_plots(tables: Sequence[Table]) -> dict[str, str]:
+    """Name -> SVG: tables 3 and 7 over epochs, and for scenes how alpha moves what is learned."""
+    found = {}
+    for table in tables:
+        if table.name in ("3", "7"):
+            what = {"3": ("epoch of fine-tuning", "top-1, %"), "7": ("epoch of pretraining", "%")}[table.name]
+            found[plot_name(table)] = chart(table.heading, _by_epoch(table), *what, EPOCHS, log=True)
+        elif table.name.split(" ")[0] == "scenes" and (series := _by_alpha(table)):
+            title = f"How alpha moves what is learned ({table.name})"
+            found[plot_name(table)] = chart(title, series, "alpha: weight of motion against context", "R@1, %")
+    return found
+
+
+def plot_name(table: Table) -> str:
+    """Of its file."""
+    if table.name.startswith("scenes"):
+        return "alpha" + table.name.removeprefix("scenes").replace(" ", "-")
+    return f"table{table.name}"
+
+
+def _by_epoch(table: Table) -> list[Series]:
+    series = []
+    for colour, row in enumerate(table.rows):
+        entries = [(float(e), table.at(row, f"epoch {e}")) for e in EPOCHS]
+        paper = [(x, e.number, 0.0) for x, e in entries if e.number is not None]
+        ours = [(x, e.value.mean, e.value.deviation) for x, e in entries if e.value]
+        series.append(Series(f"{row}, paper", paper, colour, ".--"))
+        if ours:
+            series.append(Series(f"{row}, ours", ours, colour))
+    return series
+
+
+def _by_alpha(table: Table) -> list[Series]:
+    """A line a labelling, through the recipes that differ from the family's own in alpha alone."""
+    alphas: list[tuple[float, str]] = []
+    for row in table.rows:
+        recipe = RECIPES.get(row)
+        if recipe and isinstance(recipe.config, Pretraining):
+            base = RECIPES[recipe.base].config if recipe.base else recipe.config
+            same = {"objective.alpha": 0.5}
+            if recipe.config.changed(same) == base.changed(same):
+                alphas.append((recipe.config.objective.alpha, row))
+    series = []
+    for colour, column in enumerate(table.columns):
+        values = [(alpha, table.at(row, column).value) for alpha, row in sorted(alphas)]
+        points = [(alpha, v.mean, v.deviation) for alpha, v in values if v]
+        if len(points) > 1:
+            series.append(Series(column, points, colour))
+    return series
+
+
+def training_curves(folder: Path) -> Iterator[tuple[str, list[str], str]]:
+    """(name, folders of its runs, SVG) for each recipe: accuracies while training, seeds over one another."""
+    logs: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+    for path in sorted(folder.glob("*/run.json")):
+        try:
+            about = runs.read(path.parent)
+            text = path.with_name("metrics.jsonl").read_text()
+            began = about["pretrained"].get("recipe")
+            name = f"{about['recipe']} on {about['trained_on']}" + (f", from {began}" if began else "")
+            logs[name][path.parent.name] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        except (ValueError, OSError, KeyError):  # no run, or one that has only begun
+            continue
+    for name, each in logs.items():
+        series: list[Series] = []
+        for lines in each.values():
+            for column, colour in ACCURACIES.items():
+                points = [(x["epoch"], 100 * x[column], 0.0) for x in lines if x.get(column) is not None]
+                if len(points) > 1:
+                    seen = colour in {s.colour for s in series}
+                    series.append(Series("" if seen else column.replace("_", " "), _thinned(points), colour, "-"))
+        if series:
+            yield name, list(each), chart(f"Training of {name}", series, "epoch", "batch accuracy, %")
+
+
+def _thinned(points: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+    """At most POINTS points, each the mean of its neighbours."""
+    size = -(-len(points) // POINTS)
+    groups = [points[n : n + size] for n in range(0, len(points), size)]
+    return [(sum(x for x, _, _ in g) / len(g), sum(y for _, y, _ in g) / len(g), 0.0) for g in groups]
