@@ -50,7 +50,7 @@ def run(
         videos_per_shard: Manifest rows a shard; the unit of work and of restart.
         part: i/n makes every n-th shard only, for a job array on a shared file system: 1/16 … 16/16.
         retry_failed: Make shards anew that hold failed videos.
-        time_limit: Seconds a video may take before its decoder is replaced; with --flow, also the flow of a frame.
+        time_limit: Seconds a video may take before its decoder is replaced.
     """
     from preprocess import pipeline
 
@@ -115,6 +115,24 @@ def manifest(
     table.write(out)
     counts = ", ".join(f"{table.subsets.count(s)} {s}" for s in manifests.SUBSETS if s and s in table.subsets)
     print(f"{len(table.paths)} videos of {len(table.classes)} classes in {out}; {counts or 'no subsets'}")
+    return DONE
+
+
+def flow(shards: tyro.conf.Positional[Path], videos: Path, workers: int = 1, time_limit: float = 600.0) -> int:
+    """Compute TV-L1 optical flow (table 4) and write it beside each shard: half a second of CPU time a frame.
+
+    Re-running finishes the shards that have none.
+
+    Args:
+        shards: Folder of shards.
+        videos: Folder of the videos that the shards were made from.
+        workers: Processes on this machine; each keeps one core busy.
+        time_limit: Seconds that the flow of a frame may take before the process is replaced.
+    """
+    from preprocess import flow as flows
+
+    made, skipped = flows.run(shards, videos, workers, time_limit)
+    print(f"optical flow of {made} shards made, of {skipped} already there")
     return DONE
 
 
@@ -191,6 +209,7 @@ def main() -> int:
     verbs: dict[str, Callable[..., int]] = {
         "run": run,
         "manifest": manifest,
+        "flow": flow,
         "inspect": inspect,
         "check": check,
         "info": info,
