@@ -77,14 +77,14 @@ def run(
 def manifest(
     folder: tyro.conf.Positional[Path],
     out: Path,
-    kinetics: tuple[Path, ...] = (),
     test_share: float = 0.0,
     seed: int = 0,
 ) -> int:
     """Write a manifest of the videos in a folder; classes are folder names, or none where the folder is flat.
 
     Training takes the rows of subset train, evaluation compares test with train: folders called train, val and test
-    above the classes say which is which, or --test-share does, or you fill in the column by hand.
+    above the classes say which is which, or --test-share does, or you fill in the column by hand. For Kinetics and its
+    annotation lists there is data_manifests/kinetics.py.
 
     Args:
         folder: Folder to search for videos.
@@ -92,23 +92,9 @@ def manifest(
         test_share: Share of each class that is drawn as its test videos, the others for training. Clips cut from one
             recording belong on one side: then fill in the column by hand.
         seed: Which random draw.
-        kinetics: Official Kinetics annotation lists; the annotated videos that are missing from the folder are listed
-            in OUT with the ending .missing.txt.
     """
     from preprocess import manifest as manifests
 
-    if kinetics and test_share:
-        raise ValueError("--kinetics has its own subsets: leave --test-share out")
-    if kinetics:
-        found = manifests.scan_kinetics(folder, *kinetics)
-        found.manifest.write(out)
-        missing = out.with_suffix(".missing.txt")
-        missing.write_text("".join(f"{name}\n" for name in found.missing))
-        print(
-            f"{len(found.manifest.paths)} videos in {out}; {len(found.missing)} annotated videos are missing "
-            f"({missing}); {len(found.unannotated)} files on disk are in no list and left out"
-        )
-        return DONE
     table = manifests.scan(folder)
     if test_share:
         table = table.divided(test_share, seed)
