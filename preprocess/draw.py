@@ -26,7 +26,7 @@ SMALLEST = 0.5  # pixels; shorter vectors are at the precision of the search and
 INTRA_GREY = (168, 168, 168)
 HATCH_GREY = (112, 112, 112)
 ARROW_FILL, ARROW_OUTLINE = "#ffe228", "black"
-QUIVER: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "units": "dots", "minlength": 0}
+QUIVER: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "units": "dots"}
 QUIVER |= {"headwidth": 4, "headlength": 4, "headaxislength": 4}
 DPI = 100  # of every page; only its lines and letters depend on it
 
@@ -120,28 +120,33 @@ def arrows(frame: Image, motion: npt.ArrayLike, encoded: tuple[int, int], gain: 
 
 def _quiver(tails: Floats, spans: Floats, width: int, height: int) -> Image:
     """Arrows alone, on a transparent layer of so many pixels: RGBA (height, width, 4). tails, spans: (n, 2) pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = new_figure(width, height)
-    figure.patch.set_alpha(0)
+    figure = new_figure(width, height, facecolor="none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     shaft = max(1.2, 0.004 * width)  # pixels; the head is four times as wide and long
     for rim, colour in ((max(1.0, 0.003 * width), ARROW_OUTLINE), (0.0, ARROW_FILL)):  # pixels, either side
-        line: dict[str, Any] = {"facecolor": colour, "edgecolor": colour, "linewidth": 2 * rim * 72 / figure.dpi}
+        line: dict[str, Any] = {"facecolor": colour, "edgecolor": colour, "linewidth": 2 * rim * 72 / DPI}
         axes.quiver(*tails.T, *spans.T, width=shaft, **line, **QUIVER)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
+    return pixels(figure)
 
 
 def new_figure(width: int, height: int, **options: Any) -> Figure:
     """An empty page of this many pixels, apart from pyplot's global state. ValueError where matplotlib is missing."""
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI, **options)  # it rounds down
+    figure = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI, **options)  # it rounds down
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def pixels(figure: Figure) -> Image:
+    """A page as drawn: RGBA (height, width, 4)."""
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def enlarge(image: Image, factor: int) -> Image:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from preprocess.draw import DPI, Image, arrows, colour_view, enlarge, new_figure, wheel_legend
+from preprocess.draw import DPI, Image, arrows, colour_view, enlarge, new_figure, pixels, wheel_legend
 from preprocess.files import replacing
 from preprocess.shards import INTRA, QUARTERS, Shard, ShardSet
 
@@ -253,12 +253,9 @@ def _without_axis(axes: Axes, border: str | None = None) -> None:
 
 def _clip_pictures(view: _View) -> Iterator[Image]:
     """Each frame of a clip: arrows and colours side by side below what they are; even sizes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     _, drawn, colours = view.pictures(0)
     height, width = drawn.shape[:2]
     figure = new_figure(2 * (width + 90), 2 * (height // 2 + 50), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     left, right, legend = figure.subplots(1, 3, width_ratios=(width, width, 120))
     panels = [left.imshow(drawn), right.imshow(colours)]
     left.set_xlabel(f"motion since the previous frame, arrows ×{view.gain:g}", loc="left", color=PALE)
@@ -276,9 +273,8 @@ def _clip_pictures(view: _View) -> Iterator[Image]:
         figure.suptitle(
             f"{title}\n{view.caption(t)}{SEPARATOR}{seconds:.2f} s", x=0.01, ha="left", color=colour, parse_math=False
         )
-        canvas.draw()
+        yield pixels(figure)[..., :3]
         figure.set_layout_engine("none")  # once placed, nothing moves
-        yield np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _pixels(stored: npt.NDArray[np.int16]) -> tuple[Pixels, npt.NDArray[np.bool_]]:
