@@ -57,7 +57,8 @@ def make(folder: Path, shard: int, shards: int, videos: range, damage: int | Non
     for v in videos:
         frames = [stamp(v, t, SETTINGS.frame_height, SETTINGS.frame_width) for t in range(COUNTS[v])]
         if damage is not None:
-            frames[damage] = frames[damage][:200] + b"\xff\xd9"
+            cut = frames[damage].index(b"\xff\xda") + 20  # in the coefficients: the header is whole
+            frames[damage] = frames[damage][:cut] + b"\xff\xd9"
         every = np.arange(0, COUNTS[v], SETTINGS.gop)
         iframes = [stamp(v, t, SETTINGS.height, SETTINGS.width) for t in every.tolist()]
         motion = np.zeros((COUNTS[v], *SETTINGS.grid, 2), np.int16)

@@ -360,17 +360,17 @@ def _motion(shard: Shard, first: int, windows: list[int], s: Sampling) -> np.nda
 
 
 def _maps(shard: Shard, sampling: Sampling) -> np.ndarray:
-    """Motion of every frame, int16 (F, rows, cols, 2): the stream's vectors or optical flow (table 4)."""
+    """Motion of every frame, int16 (F, rows, cols, 2): the stream's vectors, or its optical flow (table 4)."""
     return shard.flow if sampling.motion == "flow" else shard.motion
 
 
 def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
-    """Raise ValueError where the shards do not hold what `_maps` gives."""
-    if sampling.motion == "flow" and not shards.settings.flow:
-        raise ValueError(
-            f"motion is flow, but {shards.folder} holds no optical flow: run stage 1 with --flow into another folder, "
-            "or choose motion=vectors"
-        )
+    """Raise ValueError where the shards do not have what `_maps` gives."""
+    try:
+        for shard in shards.shards:
+            _maps(shard, sampling)
+    except ValueError as error:
+        raise ValueError(f"motion is {sampling.motion}, but {error}, or choose motion=vectors") from error
 
 
 def _extent(shards: ShardSet, video: int) -> tuple[Shard, int, int, np.ndarray, int]:

@@ -91,7 +91,7 @@ vary(C3D, "motion", "Table 4, motion vectors alone. R@1 30.4 on UCF101, 14.0 on 
 vary(
     C3D,
     "flow",
-    "Table 4, I-frames and TV-L1 optical flow (shards made with --flow). R@1 43.2 on UCF101, 17.7 on HMDB51.",
+    "Table 4, I-frames and TV-L1 optical flow (python -m preprocess flow). R@1 43.2 on UCF101, 17.7 on HMDB51.",
     {"sampling.motion": "flow"},
 )
 vary(
