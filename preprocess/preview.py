@@ -123,8 +123,6 @@ class _View:
 
     @classmethod
     def of(cls, shard_set: ShardSet, number: int) -> _View:
-        if not 0 <= number < len(shard_set):
-            raise ValueError(f"video {number}: this set has videos 0 to {len(shard_set) - 1}")
         shard, index = shard_set.locate(number)
         start, stop = (int(f) for f in shard.frame_offset[index : index + 2])
         label = int(shard.label[index])

@@ -49,15 +49,6 @@ def test_wheel_has_the_middlebury_colours() -> None:
     np.testing.assert_allclose(colours, expected, atol=1)
 
 
-@pytest.mark.parametrize(
-    ("vector", "expected"),
-    [((5, 0), 0), ((0, 5), 55), ((-5, 0), 194), ((0, -5), 264)],
-    ids=["right", "down", "left", "up"],
-)
-def test_wheel_directions(vector: tuple[float, float], expected: float) -> None:
-    assert hue(draw.colour_wheel(vector, 5)) == pytest.approx(expected, abs=2)
-
-
 @given(angles, st.floats(0, 3), st.floats(0.5, 50))
 def test_saturation_is_the_magnitude_in_any_direction(angle: float, share: float, limit: float) -> None:
     vector = share * limit * np.array([np.cos(angle), np.sin(angle)])
@@ -328,8 +319,8 @@ def test_inspect_explains_what_it_cannot_do(
     assert not list(tmp_path.iterdir())
 
 
-def test_too_many_or_unknown_videos_are_refused(sideways: ShardSet, tmp_path: Path) -> None:
-    for videos, words in (([], "0 videos"), ([0] * 25, "25 videos"), ([3], "video 3: this set has videos 0 to 2")):
+def test_too_many_videos_are_refused(sideways: ShardSet, tmp_path: Path) -> None:
+    for videos, words in (([], "0 videos"), ([0] * 25, "25 videos")):
         with pytest.raises(ValueError, match=words):
             preview.contact_sheet(sideways, videos, tmp_path / "p.png")
     assert not list(tmp_path.iterdir())
@@ -366,13 +357,3 @@ def test_a_video_that_failed_is_said_to_have_failed(tmp_path: Path) -> None:
     shard_set = make_shards(tmp_path / "out", tmp_path, ["good.mp4", "bad.mp4"])
     with pytest.raises(ValueError, match=r"bad\.mp4 could not be stored.*: \S"):
         preview.inspect(shard_set.folder, "bad.mp4", 0, 0, tmp_path / "p.png")
-
-
-def test_real_clips_make_a_sheet(real_shards: ShardSet, tmp_path: Path) -> None:
-    numbers = [0, len(real_shards) - 1]
-    page = imread(preview.contact_sheet(real_shards, numbers, tmp_path / "real.png"))
-    assert page.shape[:2] == (2 * preview.HEIGHT, preview.WIDTH)
-    for number in numbers:
-        view = preview._View.of(real_shards, number)
-        assert 1 <= len(view.moments) <= preview.TIMES
-        assert not set(view.moments) & set(view.i_frames.tolist())
