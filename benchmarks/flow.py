@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import av
 import numpy as np
 
 from benchmarks.common import CLIPS, ROOT
@@ -43,10 +44,10 @@ def main() -> None:
     print("|---|" + "---:|" * 7)
     with tempfile.TemporaryDirectory(prefix="context-motion-") as folder:
         for video in options.videos or list(usual(Path(folder), settings)):
-            stream = str(Path(folder) / "encoded.nut")
-            count = encode.encode(str(video), stream, settings).frames
-            vectors, fast = timed(vector_maps(stream, settings), count)
-            flows, slow = timed(flow.maps(stream, settings), min(frames, count))
+            packets = list(encode.packets(str(video), settings, encode.Source()))
+            vectors, fast = timed(vector_maps(packets, settings), len(packets))
+            pictures = (picture for picture, _ in extract.decoded(packets))
+            flows, slow = timed(flow.maps(pictures, settings), min(frames, len(packets)))
             hours = (seconds * UCF101_FRAMES / 3600 for seconds in (fast, slow))
             moving, length, angle = compared(np.stack(vectors), np.stack(flows), options.least)
             print(
@@ -65,9 +66,9 @@ def usual(folder: Path, settings: Settings) -> Iterator[Path]:
     yield folder / manifest.paths[0]
 
 
-def vector_maps(stream: str, settings: Settings) -> Iterator[np.ndarray]:
+def vector_maps(packets: list[av.Packet], settings: Settings) -> Iterator[np.ndarray]:
     """Motion vectors of every frame, a group of pictures at a time, as stage 1 takes them: int16 (rows, cols, 2)."""
-    frames = (vectors for _, vectors in extract.decoded(stream))
+    frames = (vectors for _, vectors in extract.decoded(packets))
     while group := list(islice(frames, settings.gop)):
         yield from extract.grids(group, settings)
 

@@ -44,11 +44,11 @@ from benchmarks.common import CLIPS, median, open_shards
 from benchmarks.ways import missing, readers, recorded
 from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
-from train import loop
 from train.data import EpochSampler, PretrainSet
 from train.device import channels_last
 from train.draws import Cropping, Photometric, Sampling
 from train.networks import build_video_network
+from train.optimiser import make_optimiser
 from train.recipes import RECIPES
 from train.tasks import prepare
 
@@ -251,7 +251,7 @@ def augmentation(data: PretrainSet, device: str, batch_size: int, size: int, tur
     config = RECIPES["pretrain-ucf101-c3d"].config.changed({"size": size, "motion_size": size})
     network = build_video_network("c3d", config.networks.width).to(device).train()
     channels_last(network)
-    optimiser = loop.make_optimiser(config.optimiser, network, torch.device(device))
+    optimiser = make_optimiser(config.optimiser, network)
     ways: dict[str, list[float]] = defaultdict(list)
     precision = torch.bfloat16 if device != "cpu" else torch.float32
     for turn in range(turns + 1):

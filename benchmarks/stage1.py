@@ -12,8 +12,8 @@ ours    preprocess.pipeline.run, from the manifest to verified shards and their 
 
 CPU time is user and system time of a way's whole process tree, ffmpeg processes and codec subprocesses included. Clips
 are repeated under other names until --frames frames run (a quarter of that where a clip is high-definition). What a
-process costs before its first frame (interpreter, imports, the codec subprocess that every shard starts) is measured in
-the same turns on a video of one frame and taken off; a column shows it for ours. Figures are medians over the turns and
+process costs before its first frame (interpreter, imports, the codec subprocess of every worker) is measured in the
+same turns on a video of one frame and taken off; a column shows it for ours. Figures are medians over the turns and
 ratios medians of each turn's. Clips are grouped by codec: UCF101 comes in Xvid, HMDB51 in DivX, Kinetics in H.264.
 The phases of ours are measured in one process, with a clock around the functions that make them up; what a real run
 takes beyond their sum is the row "processes": two of them, the pipe, the progress. The clock slows what it measures by

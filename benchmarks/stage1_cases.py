@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,8 @@ import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-WIDTH, HEIGHT, GOP, QUANTISER, LAMBDA = 340, 256, 12, 2, 118
-LIMIT_PHASES = ("decode the source", "scale to 340x256", "encode, write the stream", "decode it, vectors exported")
+WIDTH, HEIGHT, GOP, QUANTISER, BATCH = 340, 256, 12, 2, 48
+LIMIT_PHASES = ("decode the source", "scale to 340x256", "encode", "decode it, vectors exported")
 OUR_PHASES = (
     *("vectors to grids", "scale to 228x172, full range", "JPEGs", "append to the spool"),
     *("shard: copy and flush", "shard: read back and verify", "shard: SHA-256"),
@@ -40,24 +41,30 @@ def run_case(way: str, scratch: Path, workers: int) -> dict[str, Any]:
 
 def run_limit(video: str, out: Path) -> int:
     """Nothing but the codecs, set as ours are: what any re-encoding with motion vectors has to do."""
-    stream = str(out / "stream.nut")
+    packets = limit_packets(video)
+    decoder = av.CodecContext.create("mpeg4", "r")
+    decoder.thread_count, decoder.options = 1, {"flags2": "+export_mvs"}
+    frames = 0
+    while batch := [*islice(packets, BATCH)]:
+        frames += sum(len(decoder.decode(packet)) for packet in batch)
+    return frames + len(decoder.decode(None))
+
+
+def limit_packets(video: str) -> Iterator[av.Packet]:
+    """The encoded stream of a video."""
+    encoder = av.CodecContext.create("mpeg4", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+    encoder.time_base, encoder.framerate = Fraction(1, 25), 25
+    encoder.thread_count, encoder.gop_size, encoder.max_b_frames = 1, GOP, 0
+    encoder.options = {"flags": "+qscale+bitexact", "qmin": str(QUANTISER), "qmax": str(QUANTISER)}
     scaler = VideoReformatter()
-    with av.open(video, metadata_errors="ignore") as source, av.open(stream, "w") as target:
+    with av.open(video, metadata_errors="ignore") as source:
         source.streams.video[0].codec_context.thread_count = 1
-        encoder = target.add_stream("mpeg4", rate=25)
-        encoder.width, encoder.height, encoder.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        encoder.codec_context.thread_count, encoder.codec_context.gop_size = 1, GOP
-        quality = {"flags": "+qscale+bitexact", "global_quality": str(QUANTISER * LAMBDA), "sc_threshold": "1000000000"}
-        encoder.codec_context.options = quality
         for number, frame in enumerate(source.decode(video=0)):
             picture = scaler.reformat(frame, WIDTH, HEIGHT, "yuv420p", threads=1)
             picture.pts, picture.time_base, picture.pict_type = number, Fraction(1, 25), PictureType.NONE
-            target.mux(encoder.encode(picture))
-        target.mux(encoder.encode())
-    with av.open(stream) as source:
-        context = source.streams.video[0].codec_context
-        context.thread_count, context.options = 1, {"flags2": "+export_mvs"}
-        return sum(1 for _ in source.decode(video=0))
+            yield from encoder.encode(picture)
+        yield from encoder.encode()
 
 
 def run_usual(video: str, out: Path) -> int:
@@ -96,14 +103,14 @@ def run_ours(scratch: Path, videos_per_shard: int, workers: int) -> dict[str, in
     names = tuple(sorted(v.name for v in (scratch / "videos").iterdir()))
     Manifest(names, ("",) * len(names), ("",) * len(names)).write(scratch / "manifest.csv")
     peaks = [0]
-    stop = Codec.stop
+    close = Codec.close
 
-    def note_and_stop(codec: Codec) -> None:
-        if codec._child:
+    def note_and_close(codec: Codec) -> None:
+        if codec._child and not codec._closed:
             peaks.append(peak(codec._child.pid))
-        stop(codec)
+        close(codec)
 
-    Codec.stop = note_and_stop  # type: ignore[method-assign]  # of one worker, which is this process
+    Codec.close = note_and_close  # type: ignore[method-assign]  # of one worker, whose thread is the main one
     summary = pipeline.run(
         scratch / "manifest.csv",
         scratch / "videos",
@@ -182,17 +189,21 @@ class Stopwatch:
 
 
 def run_phases(scratch: Path, videos: list[str]) -> dict[str, Any]:
-    """What the child and the worker do, in this one process, and the seconds of CPU time of each phase."""
+    """What child and parent do, in this one process, and the seconds of CPU time of each phase."""
     from preprocess import codec, encode, extract, writer
     from preprocess.shards import Origin, Settings
 
     watch = Stopwatch()
     for module, name, phase in (
         *((encode, "_decode", LIMIT_PHASES[0]), (encode, "_stretch", LIMIT_PHASES[1])),
-        *((encode, "encode", LIMIT_PHASES[2]), (extract, "decoded", LIMIT_PHASES[3])),
+        *((encode, "packets", LIMIT_PHASES[2]), (extract, "decoded", LIMIT_PHASES[3])),
         *((extract, "grids", OUR_PHASES[0]), (extract, "shrink", OUR_PHASES[1]), (extract, "compress", OUR_PHASES[2])),
         *((codec, "convert", OUR_PHASES[3]), (writer, "write_shard", OUR_PHASES[4])),
-        *((writer, "Shard", OUR_PHASES[5]), (writer, "verify", OUR_PHASES[5]), (writer, "file_sha256", OUR_PHASES[6])),
+        *(
+            (writer, "Shard", OUR_PHASES[5]),
+            (writer, "content_problems", OUR_PHASES[5]),
+            (writer, "file_sha256", OUR_PHASES[6]),
+        ),
     ):
         watch.watch(module, name, phase)
     settings, spool = Settings(), writer.Spool(scratch / "work")
@@ -200,7 +211,7 @@ def run_phases(scratch: Path, videos: list[str]) -> dict[str, Any]:
     spool.truncate((0,) * len(spool.names))
     stored = []
     for row, video in enumerate(videos):
-        answer = codec.convert(video, spool, settings)
+        answer = codec.convert(video, spool, settings, lambda: None)
         stored.append(writer.Video(row, video, -1, **{k: listed(v) for k, v in answer.items()}))
     origin = Origin(settings, "0" * 64, (), {}, 1)
     writer.write_shard(scratch, 0, origin, 0, len(videos), stored, [], spool)

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,8 @@ from train import loop
 from train.config import Pretraining
 from train.data import EpochSampler, PretrainSet
 from train.device import channels_last
+from train.model import PretrainingModel
+from train.optimiser import make_optimiser
 from train.recipes import RECIPES
 from train.tasks import PretrainingTask
 
@@ -134,7 +136,7 @@ def run_turn(
 ) -> Turn:
     """Time some steps with a loader of their own, after so many that nothing it had prepared is left."""
     untimed = 1 + 2 * options.workers
-    keys = endless(EpochSampler(len(data), options.batch, seed=number))
+    keys = EpochSampler(len(data), options.batch, seed=number).between(0, untimed + options.steps)
     loader = DataLoader(data, batch_sampler=keys, num_workers=options.workers, pin_memory=device.type == "cuda")
     batches = iter(loader)
     for _ in range(untimed):
@@ -151,36 +153,21 @@ def run_turn(
     return Turn(options.steps * options.batch / elapsed, waited / elapsed)
 
 
-def endless(sampler: EpochSampler) -> Iterator[list[tuple[int, int]]]:
-    """Epoch after epoch."""
-    epoch = 0
-    while True:
-        sampler.start_at(epoch)
-        yield from sampler
-        epoch += 1
-
-
 # The two loops
 
 
 def ours(config: Pretraining, shards: ShardSet, device: torch.device, precision: str, compiled: bool) -> Any:
     """A step as `train.loop` takes it."""
     task = PretrainingTask(config, shards, None)
-    model = task.model.to(device).train()
+    model = PretrainingModel(config).to(device).train()
     channels_last(model)
-    optimiser = loop.make_optimiser(config.optimiser, model, device)
+    optimiser = make_optimiser(config.optimiser, model)
     network: Any = torch.compile(model) if compiled else model
 
     def step(batch: Batch) -> None:
         torch.backends.cudnn.benchmark = True
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        inputs = task.inputs(batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, _ = task.loss(network, inputs, batch)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimiser.clip_norm)
-        optimiser.step()
+        loop.update(network, task, optimiser, 1e-3, task.inputs(batch), batch, precision)
 
     return step
 
@@ -188,7 +175,7 @@ def ours(config: Pretraining, shards: ShardSet, device: torch.device, precision:
 def plain(config: Pretraining, shards: ShardSet, device: torch.device) -> Any:
     """A step as one first writes it."""
     task = PretrainingTask(config, shards, None)
-    model = task.model.to(device).train()
+    model = PretrainingModel(config).to(device).train()
     o = config.optimiser
     optimiser = torch.optim.SGD(
         model.parameters(), 1e-3, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=True, foreach=False
@@ -226,7 +213,7 @@ def count_flops(config: Pretraining, data: PretrainSet, device: torch.device) ->
     batch = next(iter(DataLoader(data, batch_sampler=sampler)))
     task = PretrainingTask(config, data.shards, None)
     inputs = task.inputs({k: v.to(device) for k, v in batch.items()})
-    model = task.model.to(device).train()
+    model = PretrainingModel(config).to(device).train()
     with FlopCounterMode(display=False) as counter:
         usual_losses(model, inputs, config).backward()
     return counter.get_total_flops()

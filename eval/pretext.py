@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -57,22 +58,22 @@ def measure(run: Run, data: Data, machine: Machine = AUTO) -> Pretext:
         raise ValueError(f"{run.folder} was trained with labels: pretext tasks are those of a pretraining run")
     where = torch.device(choose_device(machine.device))
     task = PretrainingTask(run.config, data.shards, data.manifest.subset("test"))
-    columns = [c.replace("_", " ") for c in task.columns]
-    if not any("accuracy" in name for name in columns):
+    if run.config.objective.alpha == 1 and run.config.objective.motion_loss == "mse":
         raise ValueError(f"{run.folder} ({run.recipe}) regresses motion vectors, which has no accuracy")
-    task.model = run.model.to(where).eval()
-    channels_last(task.model)
+    model = run.model.to(where).eval()
+    channels_last(model)
     size = min(run.config.batch_size, len(task.data))
     if size < 2:
         raise ValueError("one test video has nothing to be told from: name a manifest with more test rows")
     sampler = EpochSampler(len(task.data), size, seed=run.config.seed)
     loader = make_loader(task.data, machine.workers, where, batch_sampler=sampler)
-    total = torch.zeros(len(columns), device=where)
+    total: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=where))
     with torch.inference_mode():
         for batch in tqdm(loader, unit="batch", desc="pretext tasks", disable=None, leave=False):
             batch = {k: v.to(where, non_blocking=True) for k, v in batch.items()}
-            _, found = task.loss(task.model, task.inputs(batch), batch)
-            total += torch.stack(found)
-    means = (100 * total / sampler.steps).tolist()
-    metrics = {name: value for name, value in zip(columns, means) if "accuracy" in name}
+            _, found = task.loss(model, task.inputs(batch), batch)
+            for name, value in found.items():
+                if name.endswith("_accuracy"):
+                    total[name.replace("_", " ")] += value
+    metrics = {name: float(100 * value / sampler.steps) for name, value in total.items()}
     return Pretext(metrics, sampler.steps * size, sampler.dropped, size)

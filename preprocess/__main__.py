@@ -50,7 +50,7 @@ def run(
         videos_per_shard: Manifest rows a shard; the unit of work and of restart.
         part: i/n makes every n-th shard only, for a job array on a shared file system: 1/16 … 16/16.
         retry_failed: Make shards anew that hold failed videos.
-        time_limit: Seconds a video may take before its decoder is replaced; with --flow, also the flow of a frame.
+        time_limit: Seconds a video may take before its decoder is replaced.
     """
     from preprocess import pipeline
 
@@ -77,14 +77,14 @@ def run(
 def manifest(
     folder: tyro.conf.Positional[Path],
     out: Path,
-    kinetics: tuple[Path, ...] = (),
     test_share: float = 0.0,
     seed: int = 0,
 ) -> int:
     """Write a manifest of the videos in a folder; classes are folder names, or none where the folder is flat.
 
     Training takes the rows of subset train, evaluation compares test with train: folders called train, val and test
-    above the classes say which is which, or --test-share does, or you fill in the column by hand.
+    above the classes say which is which, or --test-share does, or you fill in the column by hand. For Kinetics and its
+    annotation lists there is data_manifests/kinetics.py.
 
     Args:
         folder: Folder to search for videos.
@@ -92,29 +92,33 @@ def manifest(
         test_share: Share of each class that is drawn as its test videos, the others for training. Clips cut from one
             recording belong on one side: then fill in the column by hand.
         seed: Which random draw.
-        kinetics: Official Kinetics annotation lists; the annotated videos that are missing from the folder are listed
-            in OUT with the ending .missing.txt.
     """
     from preprocess import manifest as manifests
 
-    if kinetics and test_share:
-        raise ValueError("--kinetics has its own subsets: leave --test-share out")
-    if kinetics:
-        found = manifests.scan_kinetics(folder, *kinetics)
-        found.manifest.write(out)
-        missing = out.with_suffix(".missing.txt")
-        missing.write_text("".join(f"{name}\n" for name in found.missing))
-        print(
-            f"{len(found.manifest.paths)} videos in {out}; {len(found.missing)} annotated videos are missing "
-            f"({missing}); {len(found.unannotated)} files on disk are in no list and left out"
-        )
-        return DONE
     table = manifests.scan(folder)
     if test_share:
         table = table.divided(test_share, seed)
     table.write(out)
     counts = ", ".join(f"{table.subsets.count(s)} {s}" for s in manifests.SUBSETS if s and s in table.subsets)
     print(f"{len(table.paths)} videos of {len(table.classes)} classes in {out}; {counts or 'no subsets'}")
+    return DONE
+
+
+def flow(shards: tyro.conf.Positional[Path], videos: Path, workers: int = 1, time_limit: float = 600.0) -> int:
+    """Compute TV-L1 optical flow (table 4) and write it beside each shard: half a second of CPU time a frame.
+
+    Re-running finishes the shards that have none.
+
+    Args:
+        shards: Folder of shards.
+        videos: Folder of the videos that the shards were made from.
+        workers: Processes on this machine; each keeps one core busy.
+        time_limit: Seconds that the flow of a frame may take before the process is replaced.
+    """
+    from preprocess import flow as flows
+
+    made, skipped = flows.run(shards, videos, workers, time_limit)
+    print(f"optical flow of {made} shards made, of {skipped} already there")
     return DONE
 
 
@@ -191,6 +195,7 @@ def main() -> int:
     verbs: dict[str, Callable[..., int]] = {
         "run": run,
         "manifest": manifest,
+        "flow": flow,
         "inspect": inspect,
         "check": check,
         "info": info,

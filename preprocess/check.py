@@ -1,7 +1,13 @@
-"""Whether a set of shards is what it was when it was written, and what it holds."""
+"""Whether a set of shards is what it was when it was written, and what it holds.
+
+Opening a shard checks what protects a reader from leaving the file. Everything else is here, once: the writer asks it
+of every shard before that gets its name, and the verb `check` of what lies on the disk.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import joblib
@@ -9,15 +15,18 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from preprocess.shards import Shard, ShardSet, file_sha256, verify
+from preprocess.shards import INTRA, Shard, ShardSet, checksum_path, file_sha256, flow_path, shard_paths
+
+ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
+END_OF_IMAGE = (0xFF, 0xD9)  # the marker that a whole JPEG ends with
 
 
 def problems(folder: Path, workers: int = 1) -> list[str]:
     """Everything wrong with the shards of a folder, one sentence each; empty if all is sound."""
-    paths = sorted(folder.glob("shard-*.h5"))
+    paths = shard_paths(folder)
     if not paths:
         raise ValueError(f"{folder} holds no shards (shard-*.h5)")
-    work = joblib.Parallel(n_jobs=workers, return_as="generator")(joblib.delayed(shard_problems)(p) for p in paths)
+    work = joblib.Parallel(n_jobs=workers, return_as="generator")(joblib.delayed(file_problems)(p) for p in paths)
     found = [p for shard in tqdm(work, total=len(paths), unit="shard", disable=None) for p in shard]
     if not found:
         try:
@@ -27,40 +36,86 @@ def problems(folder: Path, workers: int = 1) -> list[str]:
     return found
 
 
-def shard_problems(path: Path) -> list[str]:
-    """Everything wrong with one shard: its checksum first, then, if it can be read, its contents."""
-    sidecar = path.with_name(path.name + ".sha256")
-    if not sidecar.exists():
-        found = [f"{path}: {sidecar.name} is missing"]
-    elif sidecar.read_text() != f"{file_sha256(path)}  {path.name}\n":
-        found = [f"{path}: the checksum differs: the file changed after it was written; delete it and run again"]
-    else:
-        found = []
+def file_problems(path: Path) -> list[str]:
+    """Everything wrong with one shard and the optical flow beside it: checksums, then, if it can be read, contents."""
+    found = _checksum_problems(path)
     try:
         shard = Shard(path)
+        found += content_problems(shard)
+        if flow_path(path).exists() and not found:
+            found += _checksum_problems(flow_path(path)) + flow_problems(shard)
     except ValueError as error:
-        return [*found, str(error)]
-    return found + verify(shard) + picture_problems(shard)
-
-
-def picture_problems(shard: Shard) -> list[str]:
-    """Frames and I-frames whose JPEG header is not that of a picture of the shard's size; the first of each kind."""
-    s, found = shard.settings, []
-    kinds = {
-        "frame": (shard.frame_jpeg, len(shard.motion), (s.frame_height, s.frame_width)),
-        "I-frame": (shard.iframe_jpeg, len(shard.iframe_frame), (s.height, s.width)),
-    }
-    for kind, (jpeg, count, size) in kinds.items():
-        for number in range(count):
-            try:
-                shape = simplejpeg.decode_jpeg_header(jpeg(number))
-            except ValueError as error:
-                found.append(f"{shard.path}: the JPEG header of {kind} {number} is damaged: {error}")
-                break
-            if shape[:2] != size or shape[3] != "420":
-                found.append(f"{shard.path}: {kind} {number} is {shape[0]}x{shape[1]} {shape[3]}, not {size} 420")
-                break
+        found.append(str(error))
     return found
+
+
+def content_problems(shard: Shard) -> list[str]:
+    """What is wrong with a shard's contents: rows, groups of pictures, motion on I-frames, JPEGs. Empty if sound."""
+    settings, iframes, problems = shard.settings, shard.iframe_frame, []
+    rows = np.sort(np.concatenate([shard.row, shard["failed/row"]]))
+    if not np.array_equal(rows, np.arange(shard.first_row, shard.first_row + shard.rows)):
+        problems.append(f"rows stored and failed do not make up {shard.first_row}..{shard.first_row + shard.rows - 1}")
+    lengths = np.diff(shard.frame_offset)
+    if (lengths < 1).any():
+        problems.append("a stored video has no frame")
+    expected = [np.arange(start, end, settings.gop) for start, end in _spans(shard)]
+    if not np.array_equal(np.concatenate([*expected, np.empty(0, np.int64)]), iframes):
+        problems.append(f"I-frames are not exactly every {settings.gop} frames")
+    elif not all((shard.motion[iframes[some]] == INTRA).all() for some in _some(shard, 0, len(iframes))):
+        problems.append("an I-frame carries motion vectors")
+    problems += _picture_problems(shard, "frame", (settings.frame_height, settings.frame_width))
+    problems += _picture_problems(shard, "iframe", (settings.height, settings.width))
+    return [f"{shard.path}: {p}" for p in problems]
+
+
+def flow_problems(shard: Shard) -> list[str]:
+    """What is wrong with the optical flow of a shard. Raises ValueError where it cannot be read."""
+    problems = []
+    starts = shard.frame_offset[:-1]
+    if not (shard.flow[starts] == INTRA).all():
+        problems.append("a video's first frame carries optical flow")
+    if any((shard.flow[some] == INTRA).any() for start, end in _spans(shard) for some in _some(shard, start + 1, end)):
+        problems.append("a later frame of a video lacks optical flow")
+    return [f"{flow_path(shard.path)}: {p}" for p in problems]
+
+
+def _checksum_problems(path: Path) -> list[str]:
+    sidecar = checksum_path(path)
+    if not sidecar.exists():
+        return [f"{path}: {sidecar.name} is missing"]
+    if sidecar.read_text() != f"{file_sha256(path)}  {path.name}\n":
+        return [f"{path}: the checksum differs: the file changed after it was written; delete it and run again"]
+    return []
+
+
+def _picture_problems(shard: Shard, kind: str, size: tuple[int, int]) -> list[str]:
+    """The first picture of a kind, "frame" or "iframe", that is not a whole JPEG of this size (height, width)."""
+    jpeg = shard.frame_jpeg if kind == "frame" else shard.iframe_jpeg
+    for some in _some(shard, 0, len(shard[f"{kind}s/jpeg_offset"]) - 1):
+        for number in range(some.start, some.stop):
+            data = jpeg(number)
+            try:
+                height, width, _, sampling = simplejpeg.decode_jpeg_header(data)
+            except ValueError as error:
+                return [f"the JPEG header of {kind} {number} is damaged: {error}"]
+            if (height, width) != size or sampling != "420":
+                return [f"{kind} {number} is {height}x{width} {sampling}, not {size[0]}x{size[1]} 420"]
+            if tuple(data[-2:]) != END_OF_IMAGE:
+                return [f"{kind} {number} does not end as a JPEG"]
+    return []
+
+
+def _spans(shard: Shard) -> list[tuple[int, int]]:
+    """First frame of each video, and the one after its last."""
+    offsets = shard.frame_offset.tolist()
+    return list(pairwise(offsets))
+
+
+def _some(shard: Shard, start: int, end: int) -> Iterator[slice]:
+    """ITEMS at a time from start to end; what was read of the file leaves memory after each."""
+    for first in range(start, end, ITEMS):
+        yield slice(first, min(first + ITEMS, end))
+        shard.release()
 
 
 def describe(folder: Path) -> str:
@@ -72,6 +127,7 @@ def describe(folder: Path) -> str:
         seconds += float(np.diff(shard.frame_offset)[known] @ (1 / shard.fps[known]))
     size = sum(s.path.stat().st_size for s in shards.shards)
     errors = sum(int(s.decode_errors.sum()) for s in shards.shards)
+    flows = sum(flow_path(s.path).exists() for s in shards.shards)
     s = shards.settings
     return "\n".join(
         [
@@ -79,7 +135,7 @@ def describe(folder: Path) -> str:
             f"videos    {len(shards)}, {seconds / 3600:.2f} hours; {len(shards.failed)} failed",
             f"frames    {int(shards.frames.sum())}, {s.frame_width}x{s.frame_height}, JPEG quality {s.jpeg_quality}",
             f"I-frames  every {s.gop} frames, {s.width}x{s.height}, quantiser {s.quantiser}",
-            f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame{', with optical flow' if s.flow else ''}",
+            f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame; optical flow of {flows} shards",
             f"damaged   {errors} packets of the sources did not decode and were skipped",
             f"classes   {len(shards.classes)}: {', '.join([*shards.classes[:8], *['…'][: len(shards.classes) - 8]])}",
             f"manifest  sha256 {shards.origin.manifest_sha256}",

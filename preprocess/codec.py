@@ -1,7 +1,8 @@
 """One video at a time through the codecs, in a process of its own.
 
-C code cannot be interrupted from inside, and broken videos crash decoders. So a worker keeps one long-lived child, asks
-it for one video at a time over a pipe, and kills and replaces it when it dies or exceeds the time limit.
+C code cannot be interrupted from inside, and broken videos crash decoders. So every worker, a thread, keeps one
+long-lived child, asks it for one video at a time over a pipe, and kills and replaces it when it dies or exceeds the
+time limit.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from queue import SimpleQueue
+from typing import Any, ClassVar, TypeVar
 
-import numpy as np
+import joblib
 
 from preprocess.shards import Settings
 from preprocess.writer import Spool
@@ -31,173 +34,74 @@ PIPE_BYTES = 1 << 16
 START_SECONDS = 300.0  # to load the libraries, from a busy network disk at worst
 OUR_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENOMEM)
 
+Task = TypeVar("Task")
+Made = TypeVar("Made")
+
 
 class CodecError(Exception):
-    """The video cannot be stored; the message is the decoder's own."""
+    """The video cannot be stored; the message is the decoder's own, or says how the child was lost."""
 
 
-class CodecLost(Exception):
+class CodecLost(CodecError):
     """The child died or had to be killed; the video may be tried again in a new one."""
 
 
-def convert(
-    source: str, spool: Spool, settings: Settings, alive: Callable[[], object] = lambda: None
-) -> dict[str, Any]:
-    """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
+# ---- in the child
 
-    `alive` is called after each frame's optical flow, which is the slow part.
+
+def convert(source: str, spool: Spool, settings: Settings, alive: Callable[[], object]) -> dict[str, Any]:
+    """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
 
     Raises ValueError or av.FFmpegError where the video cannot be stored; the spool then holds a part of it.
     """
     from preprocess import encode, extract  # only the child loads the codecs
 
-    with tempfile.TemporaryFile(prefix="context-motion-") as unlinked:
-        # The stream lies in a file without a name: whatever happens to this process, nothing is left behind.
-        stream = f"/proc/self/fd/{unlinked.fileno()}"
-        encoded = encode.encode(source, stream, settings)
-        frame_bytes: list[int] = []
-        iframe_bytes: list[int] = []
-        names = ("frames", "iframes", "motion")
-        with ExitStack() as files:
-            frames, iframes, motion = (files.enter_context(open(spool.path(name), "ab")) for name in names)
-            for group in extract.groups(stream, settings):
-                frames.write(b"".join(group.frames))
-                iframes.write(group.iframe)
-                motion.write(group.motion.tobytes())
-                frame_bytes += map(len, group.frames)
-                iframe_bytes.append(len(group.iframe))
-        count = len(frame_bytes)
-        if settings.flow:
-            flowing = _store_flow(stream, spool, settings, alive)
-            if flowing != encoded.frames:
-                raise ValueError(f"{encoded.frames} frames encoded, optical flow of {flowing} computed")
-    if count != encoded.frames:
-        raise ValueError(f"{encoded.frames} frames encoded, {count} read back")
+    video = encode.Source()
+    frame_bytes: list[int] = []
+    iframe_bytes: list[int] = []
+    with ExitStack() as files:
+        frames, iframes, motion = (files.enter_context(open(spool.path(name), "ab")) for name in spool.names)
+        for group in extract.groups(encode.packets(source, settings, video), settings):
+            frames.write(b"".join(group.frames))
+            iframes.write(group.iframe)
+            motion.write(group.motion.tobytes())
+            frame_bytes += map(len, group.frames)
+            iframe_bytes.append(len(group.iframe))
+    count = len(frame_bytes)
+    if count != video.frames:
+        raise ValueError(f"{video.frames} frames encoded, {count} read back")
     return {
-        "fps": encoded.fps,
-        "source_size": [encoded.height, encoded.width],
-        "decode_errors": encoded.decode_errors,
+        "fps": video.fps,
+        "source_size": [video.height, video.width],
+        "decode_errors": len(video.errors),
         "frame_bytes": frame_bytes,
         "iframe_bytes": iframe_bytes,
         "iframe_frame": list(range(0, count, settings.gop)),
     }
 
 
-def _store_flow(stream: str, spool: Spool, settings: Settings, alive: Callable[[], object]) -> int:
-    """Append the optical flow of an encoded stream to the spool; returns of how many frames."""
-    from preprocess import flow  # its library is an extra
+def flow(source: str, spool: Spool, settings: Settings, alive: Callable[[], object]) -> dict[str, Any]:
+    """Append the optical flow of one video to the spool; returns of how many frames. Errors as `convert`.
 
+    `alive` is called after each frame, which takes half a second.
+    """
+    from preprocess import encode, extract
+    from preprocess.flow import maps  # its library is an extra
+
+    pictures = (picture for picture, _ in extract.decoded(encode.packets(source, settings, encode.Source())))
     count = 0
     with open(spool.path("flow"), "ab") as file:
-        for cells in flow.maps(stream, settings):
+        for cells in maps(pictures, settings):
             file.write(cells.tobytes())
             count += 1
             alive()
-    return count
-
-
-def plain(message: str, source: Path, path: str) -> str:
-    """A reason that names the video as the manifest does, without memory addresses: the same bytes anywhere."""
-    text = message.replace(str(source), path)
-    return " ".join(re.sub(r"0x[0-9a-fA-F]+", "0x…", text).split())
-
-
-class Codec:
-    """The long-lived child and its pipe."""
-
-    command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "preprocess.codec")
-
-    def __init__(self) -> None:
-        self._child: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile(prefix="context-motion-log-")
-
-    def convert(self, source: Path, spool: Spool, settings: Settings, time_limit: float) -> dict[str, Any]:
-        """As the function `convert`, in the child. Raises CodecError or CodecLost."""
-        child = self._child or self._start()
-        assert child.stdin
-        request = {"source": str(source), "spool": str(spool.folder), "settings": settings.to_json()}
-        with suppress(BrokenPipeError):  # the child is gone, which reading the answer finds
-            child.stdin.write(json.dumps(request).encode() + b"\n")
-            child.stdin.flush()
-        answer = json.loads(self._answer(child, time_limit))
-        if "system" in answer:
-            raise OSError(*answer["system"])
-        if "error" in answer:
-            raise CodecError(answer["error"])
-        for key in ("frame_bytes", "iframe_bytes", "iframe_frame"):
-            answer[key] = np.array(answer[key], np.int64)
-        return answer
-
-    def _answer(self, child: subprocess.Popen[bytes], time_limit: float) -> bytes:
-        """The child's next line. The limit begins anew with every sign of life."""
-        assert child.stdout
-        line = b""
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([child.stdout], [], [], time_limit)
-            if not ready:
-                self.stop()
-                raise CodecLost(f"no result within {time_limit:g} s (time limit a video)")
-            piece = os.read(child.stdout.fileno(), PIPE_BYTES)
-            if not piece:
-                status = child.wait()
-                self.stop()
-                raise CodecLost(self._last_words(status))
-            line += piece
-        return line
-
-    def stop(self) -> None:
-        if self._child:
-            self._child.kill()
-            self._child.wait()
-            for pipe in (self._child.stdin, self._child.stdout):
-                if pipe:
-                    pipe.close()
-            self._child = None
-
-    def __enter__(self) -> Codec:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self._log.close()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._child = subprocess.Popen(
-            [*self.command, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            # The package need not be installed for the child to find it.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            self._answer(self._child, START_SECONDS)
-        except CodecLost as error:
-            # No video is to blame: one failure row for each would hide what is wrong.
-            raise RuntimeError(f"the decoder process does not start: {error}") from error
-        return self._child
-
-    def _last_words(self, status: int) -> str:
-        if status < 0:
-            name = signal.Signals(-status).name
-            hint = "; probably out of memory: lower --workers" if name == "SIGKILL" else ""
-            return f"the decoder process was killed by {name}{hint}"
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 2000))
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return f"the decoder process ended with status {status}: {lines[-1] if lines else 'no message'}"
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the system kill this process when its parent, whose process number is given, is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the line above
-        os.kill(os.getpid(), signal.SIGKILL)
+    return {"frames": count}
 
 
 def serve(parent: int) -> None:
     """Answer one JSON line for each JSON line of a request, until the pipe closes."""
     end_with_parent(parent)  # else it would go on writing where the next run writes
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     # Nothing a C library prints may end up in the protocol.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -209,19 +113,180 @@ def serve(parent: int) -> None:
         answers.write(b" ")  # which JSON allows before an answer
         answers.flush()
 
+    verbs = {"convert": convert, "flow": flow}
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
         request = json.loads(line)
+        spool = Spool(Path(request["spool"]), tuple(request["names"]))
         settings = Settings.from_json(request["settings"])
         try:
-            answer = convert(request["source"], Spool(Path(request["spool"])), settings, alive)
+            answer = verbs[request["verb"]](request["source"], spool, settings, alive)
         except (ValueError, OSError, av.FFmpegError) as error:
             # A full disk is not the video's fault. (FFmpeg's own errors are OSErrors too, most of them.)
             number = error.errno if isinstance(error, OSError) else None
             answer = {"system": [number, os.strerror(number)]} if number in OUR_ERRORS else {"error": str(error)}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system kill this process when the thread that started it ends, the last of them with the parent."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- in the parent
+
+
+class Codec:
+    """A long-lived child and its pipe. One thread at a time uses it; any thread may `close` it."""
+
+    command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "preprocess.codec")
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.TemporaryFile(prefix="context-motion-log-")
+        self._closed = False
+        self._lock = threading.Lock()  # between starting a child and closing
+
+    def run(self, verb: str, source: Path, spool: Spool, settings: Settings, time_limit: float) -> dict[str, Any]:
+        """Answer of one of the functions above, `convert` or `flow`, in the child.
+
+        A child that is lost is replaced and the video tried once more. Raises CodecError where the video cannot be
+        stored, and leaves the spool as it was; OSError where it is the disk or the memory that cannot take it.
+        """
+        before = spool.sizes()
+        request: dict[str, Any] = {"verb": verb, "source": str(source), "settings": settings.to_json()}
+        request |= {"spool": str(spool.folder), "names": list(spool.names)}
+        try:
+            try:
+                return self._ask(request, time_limit)
+            except CodecLost:  # perhaps for the memory that another video, or another process, had taken
+                spool.truncate(before)
+                return self._ask(request, time_limit)
+        except CodecError:
+            spool.truncate(before)
+            raise
+
+    def close(self) -> None:
+        """Kill the child, and have whatever still waits for it fail."""
+        with self._lock:
+            self._closed = True
+            if self._child:
+                self._child.kill()
+
+    def __enter__(self) -> Codec:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        self._stop()
+        self._log.close()
+
+    def _ask(self, request: dict[str, Any], time_limit: float) -> dict[str, Any]:
+        child = self._child or self._start()
+        assert child.stdin
+        with suppress(BrokenPipeError):  # the child is gone, which reading the answer finds
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()
+        answer = json.loads(self._answer(child, time_limit))
+        if "system" in answer:
+            raise OSError(*answer["system"])
+        if "error" in answer:
+            raise CodecError(answer["error"])
+        return answer
+
+    def _answer(self, child: subprocess.Popen[bytes], time_limit: float) -> bytes:
+        """The child's next line. The limit begins anew with every sign of life."""
+        assert child.stdout
+        line = b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([child.stdout], [], [], time_limit)
+            if not ready:
+                self._stop()
+                raise CodecLost(f"no result within {time_limit:g} s (time limit a video)")
+            piece = os.read(child.stdout.fileno(), PIPE_BYTES)
+            if not piece:
+                status = child.wait()
+                self._stop()
+                raise CodecLost(self._last_words(status))
+            line += piece
+        return line
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the run is being stopped")
+            child = self._child = subprocess.Popen(
+                [*self.command, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                # The package need not be installed for the child to find it.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
+            )
+        try:
+            self._answer(child, START_SECONDS)
+        except CodecLost as error:
+            # No video is to blame: one failure row for each would hide what is wrong.
+            raise RuntimeError(f"the decoder process does not start: {error}") from error
+        return child
+
+    def _stop(self) -> None:
+        if self._child:
+            self._child.kill()
+            self._child.wait()
+            for pipe in (self._child.stdin, self._child.stdout):
+                if pipe:
+                    with suppress(BrokenPipeError):  # a request that nobody reads any more
+                        pipe.close()
+            self._child = None
+
+    def _last_words(self, status: int) -> str:
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = "; probably out of memory: lower --workers" if name == "SIGKILL" else ""
+            return f"the decoder process was killed by {name}{hint}"
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 2000))
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return f"the decoder process ended with status {status}: {lines[-1] if lines else 'no message'}"
+
+
+def spread(make: Callable[[Task, Codec], Made], tasks: Sequence[Task], workers: int) -> list[Made]:
+    """make(task, codec) of every task, in any order, by `workers` threads that each own a codec.
+
+    Raises what the first task that fails raises, once all threads have let go of theirs. The threads live until all
+    tasks are done, as they must: a child ends with the thread that started it.
+    """
+    idle: SimpleQueue[Codec] = SimpleQueue()
+
+    def work(task: Task) -> Made:
+        codec = idle.get()
+        try:
+            return make(task, codec)
+        finally:
+            idle.put(codec)
+
+    parallel = joblib.Parallel(n_jobs=workers, prefer="threads", return_as="generator_unordered", batch_size=1)
+    with ExitStack() as stack:
+        codecs = [stack.enter_context(Codec()) for _ in range(joblib.effective_n_jobs(workers))]
+        for codec in codecs:
+            idle.put(codec)
+        try:
+            return list(parallel(joblib.delayed(work)(task) for task in tasks))
+        finally:
+            for codec in codecs:
+                codec.close()
+            for _ in codecs:
+                idle.get()
+
+
+def plain(message: str, source: Path, path: str) -> str:
+    """A reason that names the video as the manifest does, without memory addresses: the same bytes anywhere."""
+    text = message.replace(str(source), path)
+    return " ".join(re.sub(r"0x[0-9a-fA-F]+", "0x…", text).split())
 
 
 if __name__ == "__main__":

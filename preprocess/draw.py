@@ -1,4 +1,4 @@
-"""Motion as pictures: colours, arrows, a legend. Only numpy, so that every stage can use it.
+"""Motion as pictures: colours, arrows, a legend. Only numpy, and matplotlib for arrows, so that every stage can use it.
 
 Motion is (dx, dy), the displacement of the content from the previous frame to this one, +x right, +y down, in pixels of
 the encoded frame, one vector a 16x16 block. Block (r, c) covers encoded pixels [16c, 16c + 16) x [16r, 16r + 16); the
@@ -12,16 +12,23 @@ One difference: magnitudes beyond the limit keep the full colour, instead of a d
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLOCK = 16  # pixels of the encoded frame, each way
 SMALLEST = 0.5  # pixels; shorter vectors are at the precision of the search and only clutter the picture
 
 INTRA_GREY = (168, 168, 168)
 HATCH_GREY = (112, 112, 112)
-ARROW_FILL = (255, 226, 40)
-ARROW_OUTLINE = (0, 0, 0)
+ARROW_FILL, ARROW_OUTLINE = "#ffe228", "black"
+QUIVER: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "units": "dots"}
+QUIVER |= {"headwidth": 4, "headlength": 4, "headaxislength": 4}
+DPI = 100  # of every page; only its lines and letters depend on it
 
 # Lengths of the six arcs of the Middlebury wheel: red-yellow, yellow-green, green-cyan, cyan-blue, blue-magenta,
 # magenta-red. Between two of these six colours one channel moves linearly, which is what a hue does.
@@ -94,7 +101,7 @@ def arrows(frame: Image, motion: npt.ArrayLike, encoded: tuple[int, int], gain: 
 
     frame: uint8 (H, W, 3), any size. motion: (rows, cols, 2) pixels of the encoded frame, zero where there is none.
     encoded: (width, height) of the encoded frame. Vectors below half a pixel are not drawn. The arrows are light with
-    a dark rim, so that they show on any background. Returns a new uint8 (H, W, 3).
+    a dark rim, so that they show on any background. Returns a new uint8 (H, W, 3). Needs matplotlib.
     """
     vectors = _grid(motion, encoded)
     if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
@@ -106,21 +113,40 @@ def arrows(frame: Image, motion: npt.ArrayLike, encoded: tuple[int, int], gain: 
     rows, cols = vectors.shape[:2]
     centre = np.stack(np.meshgrid(np.arange(cols), np.arange(rows), indexing="xy"), axis=-1) * BLOCK + BLOCK / 2
     drawn = (np.hypot(vectors[..., 0], vectors[..., 1]) >= SMALLEST) & (centre < encoded).all(axis=-1)
-    tails = centre[drawn] * scale  # (n, 2), continuous coordinates: pixel i covers [i, i + 1)
-    tips = tails + gain * vectors[drawn] * scale
+    layer = _quiver(centre[drawn] * scale, gain * vectors[drawn] * scale, width, height)  # (H, W, 4)
+    cover = layer[..., 3:] / 255
+    return np.rint(frame + cover * (layer[..., :3] - frame.astype(np.float64))).astype(np.uint8)
 
-    shaft = max(0.5, 0.0018 * width)  # half the width of the line
-    rim = max(0.8, 0.0022 * width)
-    head = 0.3 * BLOCK * scale.min()
-    distance = np.full((height, width), np.inf)  # to the nearest line of any arrow
-    for tail, tip in zip(tails, tips):
-        _approach(distance, tail, tip, head, shaft + rim + 1.0)
 
-    picture = frame.astype(np.float64)
-    for radius, colour in ((shaft + rim, ARROW_OUTLINE), (shaft, ARROW_FILL)):
-        cover = np.clip(radius + 0.5 - distance, 0.0, 1.0)[..., None]  # how much of the pixel the line covers
-        picture += cover * (np.array(colour) - picture)
-    return np.rint(picture).astype(np.uint8)
+def _quiver(tails: Floats, spans: Floats, width: int, height: int) -> Image:
+    """Arrows alone, on a transparent layer of so many pixels: RGBA (height, width, 4). tails, spans: (n, 2) pixels."""
+    figure = new_figure(width, height, facecolor="none")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    shaft = max(1.2, 0.004 * width)  # pixels; the head is four times as wide and long
+    for rim, colour in ((max(1.0, 0.003 * width), ARROW_OUTLINE), (0.0, ARROW_FILL)):  # pixels, either side
+        line: dict[str, Any] = {"facecolor": colour, "edgecolor": colour, "linewidth": 2 * rim * 72 / DPI}
+        axes.quiver(*tails.T, *spans.T, width=shaft, **line, **QUIVER)
+    return pixels(figure)
+
+
+def new_figure(width: int, height: int, **options: Any) -> Figure:
+    """An empty page of this many pixels, apart from pyplot's global state. ValueError where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI, **options)  # it rounds down
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def pixels(figure: Figure) -> Image:
+    """A page as drawn: RGBA (height, width, 4)."""
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def enlarge(image: Image, factor: int) -> Image:
@@ -128,26 +154,6 @@ def enlarge(image: Image, factor: int) -> Image:
     if factor < 1:
         raise ValueError(f"factor is {factor}: it must be at least 1")
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _approach(distance: Floats, tail: Floats, tip: Floats, head: float, margin: float) -> None:
-    """Lower `distance` (H, W) to that from one arrow, in the box of the arrow and `margin` pixels around it."""
-    along = tip - tail
-    length = float(np.hypot(*along))
-    barb = min(head, 0.5 * length)
-    back = along * (-barb / length)
-    side = 0.6 * np.array([-back[1], back[0]])
-    ends = np.stack([tail, tip + back + side, tip + back - side])  # the three lines that meet in the tip
-
-    points = np.concatenate([ends, tip[None]])
-    left, top = np.clip(np.floor(points.min(axis=0) - margin), 0, distance.shape[::-1]).astype(int)
-    right, bottom = np.clip(np.ceil(points.max(axis=0) + margin), 0, distance.shape[::-1]).astype(int)
-    x = np.arange(left, right) + 0.5 - tip[0]
-    y = (np.arange(top, bottom) + 0.5 - tip[1])[:, None]
-    box = distance[top:bottom, left:right]
-    for line_x, line_y in ends - tip:
-        part = np.clip((x * line_x + y * line_y) / (line_x**2 + line_y**2), 0.0, 1.0)
-        np.minimum(box, np.hypot(x - part * line_x, y - part * line_y), out=box)
 
 
 def _vectors(motion: npt.ArrayLike) -> Floats:

@@ -9,52 +9,44 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from preprocess.shards import Settings
 
-CONTAINER = "nut"  # FFmpeg's own container: nothing of the stream is rewritten, and it reads back fastest
-NEVER = 1_000_000_000  # a scene-change score that no frame reaches: otherwise the encoder inserts I-frames at cuts
-LAMBDA = 118  # FFmpeg's FF_QP2LAMBDA: global_quality counts in these
+TICK = Fraction(1, 25)  # time between frames of the encoded stream, seconds; nothing reads it
 MIN_DECODED = 0.9  # half an AVI decodes without any error: what a container declares is held against what came out
 NOT_VIDEO = ("tty",)  # FFmpeg renders text files as pictures
 UNSPECIFIED_MATRIX = 2
 TALLEST_SD = 576  # untagged video taller than this is BT.709 by convention, else BT.601
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """What encoding one video found."""
-
-    frames: int
-    fps: float
-    """Average frame rate of the source; 0 where it declares none."""
-    height: int
-    """Height of the first frame as displayed, rotation applied, pixels."""
-    width: int
-    decode_errors: int
-    """Packets that did not decode and were skipped."""
-
-
 @dataclass
-class _Tally:
-    """What reading a stream came across, beside its frames."""
+class Source:
+    """What `packets` found in a video; complete once they are exhausted."""
 
+    frames: int = 0
+    """Frames decoded, hence encoded."""
+    fps: float = 0.0
+    """Average frame rate; 0 where none is declared."""
+    height: int = 0
+    """Height of the first frame as displayed, rotation applied, pixels."""
+    width: int = 0
     errors: list[str] = field(default_factory=list)
-    """The decoder's words on each packet that did not decode."""
+    """The decoder's words on each packet that did not decode and was skipped."""
     hidden: int = 0
     """Frames that the container declares but means not to show: cut off by an edit list, or dropped when recorded."""
 
 
-def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 25) -> Encoded:
-    """Re-encode the first video stream of `source` into `target`: I P P … with an I-frame every settings.gop frames.
+def packets(path: str, settings: Settings, source: Source) -> Iterator[av.Packet]:
+    """Re-encode the first video stream of a file: I P P ... with an I-frame every settings.gop frames, in MPEG-4.
 
-    Frames are taken as decoded, whatever their timestamps; one thread, so that equal input gives equal bytes; the
-    picture is stretched to the encoded size, as CoViAR does. Raises ValueError where there is no video to store, with
-    the decoder's own words, or where fewer than 90 % of the declared frames decode.
+    Fills in `source`. Frames are taken as decoded, whatever their timestamps; one thread, so that equal input gives
+    equal bytes; the picture is stretched to the encoded size, as CoViAR does. Raises ValueError where there is no video
+    to store, with the decoder's own words, or where fewer than 90 % of the declared frames decode.
     """
-    with av.open(source, metadata_errors="ignore") as container:
+    with av.open(path, metadata_errors="ignore") as container:
         if container.format.name in NOT_VIDEO:
             raise ValueError("a text file, not a video")
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -65,43 +57,46 @@ def encode(source: str, target: str, settings: Settings, rate: int | Fraction = 
             raise ValueError("a video stream that no decoder here knows")
         stream.codec_context.thread_count = 1
         declared = stream.frames
-        tally = _Tally()
-        count = height = width = 0
-        with av.open(target, "w", format=CONTAINER) as output:
-            encoder = output.add_stream("mpeg4", rate=rate)
-            encoder.width, encoder.height, encoder.pix_fmt = settings.width, settings.height, "yuv420p"
-            context = encoder.codec_context
-            context.thread_count, context.gop_size, context.max_b_frames = 1, settings.gop, 0
-            context.options = {
-                "flags": "+qscale+bitexact",
-                "global_quality": str(settings.quantiser * LAMBDA),
-                "sc_threshold": str(NEVER),
-            }
-            tick = Fraction(1) / rate
-            scaler = VideoReformatter()  # one a stream: one a frame is five times slower and grows memory
-            for frame in _decode(container, stream, tally):
-                if not count:
-                    height, width = frame.height, frame.width
-                    if frame.rotation % 180:
-                        height, width = width, height
-                picture = _stretch(frame, scaler, settings.width, settings.height)
-                picture.pts, picture.time_base, picture.pict_type = count, tick, PictureType.NONE
-                output.mux(encoder.encode(picture))
-                count += 1
-            if count:
-                output.mux(encoder.encode())
-        if not count:
-            raise ValueError(f"no decodable frame ({tally.errors[0]})" if tally.errors else "no decodable frame")
-        declared -= tally.hidden
-        if count < MIN_DECODED * declared:
-            detail = f", first error: {tally.errors[0]}" if tally.errors else ""
-            raise ValueError(f"only {count} of {declared} declared frames decode (at least 90 % must){detail}")
-        fps = stream.average_rate or stream.guessed_rate or 0
-        return Encoded(count, float(fps), height, width, len(tally.errors))
+        encoder = _encoder(settings)
+        scaler = VideoReformatter()  # one a stream: one a frame is five times slower and grows memory
+        for frame in _decode(container, stream, source):
+            if not source.frames:
+                source.height, source.width = frame.height, frame.width
+                if frame.rotation % 180:
+                    source.height, source.width = frame.width, frame.height
+            picture = _stretch(frame, scaler, settings.width, settings.height)
+            picture.pts, picture.time_base, picture.pict_type = source.frames, TICK, PictureType.NONE
+            source.frames += 1
+            yield from encoder.encode(picture)
+        if not source.frames:
+            raise ValueError(f"no decodable frame ({source.errors[0]})" if source.errors else "no decodable frame")
+        yield from encoder.encode()
+        declared -= source.hidden
+        if source.frames < MIN_DECODED * declared:
+            detail = f", first error: {source.errors[0]}" if source.errors else ""
+            raise ValueError(f"only {source.frames} of {declared} declared frames decode (at least 90 % must){detail}")
+        source.fps = float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def _encoder(settings: Settings) -> VideoCodecContext:
+    """An MPEG-4 Part 2 encoder of constant quantiser and fixed GOP: no B-frames, no I-frames at cuts, one thread.
+
+    With `qscale` FFmpeg's encoder takes the quality of each frame, which is 0 here, and clips it to qmin and qmax: they
+    alone set the quantiser. That quality is also what its search and its score of scene changes weigh bits with; at 0
+    the score is never positive, so that no cut gets an I-frame (with a bit rate instead, most do).
+    """
+    encoder = av.CodecContext.create("mpeg4", "w")
+    assert isinstance(encoder, VideoCodecContext)
+    encoder.width, encoder.height, encoder.pix_fmt = settings.width, settings.height, "yuv420p"
+    encoder.time_base, encoder.framerate = TICK, 1 / TICK
+    encoder.thread_count, encoder.gop_size, encoder.max_b_frames = 1, settings.gop, 0
+    quantiser = str(settings.quantiser)
+    encoder.options = {"flags": "+qscale+bitexact", "qmin": quantiser, "qmax": quantiser}
+    return encoder
 
 
 def _decode(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, tally: _Tally
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, source: Source
 ) -> Iterator[av.VideoFrame]:
     """Frames of a stream; packets that do not decode are skipped and noted, and reading ends where the file breaks."""
     packets = container.demux(stream)
@@ -113,18 +108,18 @@ def _decode(
         except StopIteration:
             return
         except av.FFmpegError as error:
-            tally.errors.append(str(error))
+            source.errors.append(str(error))
             # The demuxer cannot go on, but the decoder still holds frames.
             yield from stream.codec_context.decode(None)
             return
-        tally.hidden += packet.is_discard
+        source.hidden += packet.is_discard
         if counts_frames and packet.dts is not None:
-            tally.hidden += max(0, packet.dts - last - 1) if last is not None else 0
+            source.hidden += max(0, packet.dts - last - 1) if last is not None else 0
             last = packet.dts
         try:
             yield from packet.decode()
         except av.FFmpegError as error:
-            tally.errors.append(str(error))
+            source.errors.append(str(error))
 
 
 def _stretch(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: int) -> av.VideoFrame:

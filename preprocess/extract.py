@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import av
 import numpy as np
 import simplejpeg
 from av.sidedata.sidedata import SideDataContainer
+from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorRange, VideoReformatter
 
 from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings
@@ -21,6 +23,7 @@ RECORD = np.dtype(
     ],
     align=True,
 )
+BATCH = 48  # packets encoded before they are decoded: encoder and decoder in turns of a frame empty each other's caches
 MACROBLOCK_BITS = MACROBLOCK.bit_length() - 1
 OURS = {"source": -1, "w": MACROBLOCK, "h": MACROBLOCK, "motion_scale": 2}
 """What is the same in all vectors of our encoder: from the previous frame, of whole macroblocks, half-pixel."""
@@ -37,7 +40,7 @@ class Group(NamedTuple):
     """int16 (n, rows, cols, 2), as `preprocess.shards` defines it."""
 
 
-def groups(path: str, settings: Settings) -> Iterator[Group]:
+def groups(packets: Iterable[av.Packet], settings: Settings) -> Iterator[Group]:
     """Every group of pictures of an encoded stream. Raises ValueError where it is not what our encoder makes.
 
     Vectors are turned into grids a group at a time: of single frames, what numpy costs a call would outweigh the rest.
@@ -46,7 +49,7 @@ def groups(path: str, settings: Settings) -> Iterator[Group]:
     frames: list[bytes] = []
     records: list[bytes] = []
     iframe = b""
-    for number, (frame, vectors) in enumerate(decoded(path)):
+    for number, (frame, vectors) in enumerate(decoded(packets)):
         if frame.key_frame != (number % settings.gop == 0):
             raise ValueError(f"frame {number} of the encoded stream breaks the group of {settings.gop}")
         if frame.key_frame:
@@ -60,17 +63,25 @@ def groups(path: str, settings: Settings) -> Iterator[Group]:
         yield Group(frames, iframe, grids(records, settings))
 
 
-def decoded(path: str) -> Iterator[tuple[av.VideoFrame, bytes]]:
+def decoded(packets: Iterable[av.Packet]) -> Iterator[tuple[av.VideoFrame, bytes]]:
     """Every frame of an encoded stream and its motion vectors, one RECORD each; an I-frame has none."""
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"flags2": "+export_mvs"}
-        for frame in container.decode(stream):
-            # Not frame.side_data: it ties frame and side data into a cycle, so that frames by the dozen wait for the
-            # garbage collector, and every new one is fresh memory. That takes a third of the time that decoding takes.
-            vectors = SideDataContainer(frame).get("MOTION_VECTORS")  # type: ignore[call-arg]  # not in the stubs
-            yield frame, b"" if vectors is None else bytes(vectors)
+    decoder = av.CodecContext.create("mpeg4", "r")
+    assert isinstance(decoder, VideoCodecContext)
+    decoder.thread_count, decoder.options = 1, {"flags2": "+export_mvs"}
+    source = iter(packets)
+    while batch := [*islice(source, BATCH)]:
+        for packet in batch:
+            for frame in decoder.decode(packet):
+                yield frame, _vectors(frame)
+    for frame in decoder.decode(None):
+        yield frame, _vectors(frame)
+
+
+def _vectors(frame: av.VideoFrame) -> bytes:
+    # Not frame.side_data: it ties frame and side data into a cycle, so that frames by the dozen wait for the garbage
+    # collector, and every new one is fresh memory. That takes a third of the time that decoding takes.
+    vectors = SideDataContainer(frame).get("MOTION_VECTORS")  # type: ignore[call-arg]  # not in the stubs
+    return b"" if vectors is None else bytes(vectors)
 
 
 def grids(records: Sequence[bytes], settings: Settings) -> np.ndarray:

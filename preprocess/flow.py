@@ -1,4 +1,4 @@
-"""Encoded MPEG-4 stream -> TV-L1 optical flow on the motion grid: what table 4 holds against motion vectors.
+"""TV-L1 optical flow on the motion grid, beside finished shards: what table 4 holds against motion vectors.
 
 The method is Zach, Pock and Bischof's of 2007 as scikit-image has it, with that library's usual parameters, in single
 precision, between every frame and the one before it at the encoded size. That takes about half a second of CPU time a
@@ -8,14 +8,21 @@ proportion, but would lose the slow and small motion that flow is there to show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
-from skimage.registration import optical_flow_tvl1
 
-from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings
+from preprocess.codec import Codec, CodecError, plain, spread
+from preprocess.pipeline import Progress, library_versions
+from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings, Shard, ShardSet, flow_path
+from preprocess.writer import working, write_flow
 
+LIBRARIES = ("av", "numpy", "scikit-image", "scipy")
 ATTACHMENT = 15  # lambda: the smaller, the smoother
 TIGHTNESS = 0.3  # theta: couples the data term to the regularisation
 WARPS, ITERATIONS = 5, 10  # of each level of the pyramid; of each warp
@@ -24,19 +31,77 @@ BLACK, WHITE = 16, 235  # of limited-range luma, which MPEG-4 is
 MOST = -INTRA - 1  # quarter pixels; one more, and its negative would read as no vector
 
 
-def maps(path: str, settings: Settings) -> Iterator[np.ndarray]:
+@dataclass(frozen=True)
+class Task:
+    """The flow of one shard to compute."""
+
+    shard: Shard
+    videos: Path
+    versions: dict[str, str]
+    time_limit: float
+
+
+class Summary(NamedTuple):
+    """What a run ends with: files of flow made and already there."""
+
+    made: int
+    skipped: int
+
+
+def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0) -> Summary:
+    """Compute the optical flow of every shard that has none, and write it beside the shard.
+
+    Raises ValueError where the flow that is there belongs to other shards, where the extra is missing, or where a video
+    is not the one that the shard holds.
+    """
+    if time_limit <= 0:
+        raise ValueError(f"--time-limit is {time_limit:g}; it must be more than 0 seconds")
+    try:
+        versions = library_versions(LIBRARIES)
+    except PackageNotFoundError as error:
+        raise ValueError("optical flow needs scikit-image: pip install '.[preprocess,flow]'") from error
+    shards = ShardSet(folder).shards
+    todo = [Task(shard, videos.absolute(), versions, time_limit) for shard in shards if not _has_flow(shard)]
+    with Progress(sum(len(task.shard) for task in todo)) as progress:
+        spread(lambda task, codec: make_flow(task, codec, progress), todo, workers)
+    return Summary(len(todo), len(shards) - len(todo))
+
+
+def _has_flow(shard: Shard) -> bool:
+    """Whether a shard's flow is there; ValueError where what is there is not that shard's."""
+    return flow_path(shard.path).exists() and shard.flow is not None
+
+
+def make_flow(task: Task, codec: Codec, progress: Progress) -> Path:
+    """The flow of one shard, from its videos encoded again. Raises ValueError where they are not those it holds."""
+    shard = task.shard
+    with working(flow_path(shard.path), ("flow",)) as spool:
+        for path, held in zip(shard.paths, np.diff(shard.frame_offset).tolist()):
+            source = task.videos / path
+            try:
+                frames = codec.run("flow", source, spool, shard.settings, task.time_limit)["frames"]
+                fault = "" if frames == held else f"it has {frames} frames, and the shard holds {held}"
+            except CodecError as error:
+                fault = plain(str(error), source, path)
+            if fault:
+                raise ValueError(
+                    f"no optical flow of {source} for {shard.path}: {fault}. Give the videos that the shards were made "
+                    "from as --videos"
+                )
+            progress.add(1, frames)
+        return write_flow(shard, task.versions, spool)
+
+
+def maps(pictures: Iterable[av.VideoFrame], settings: Settings) -> Iterator[np.ndarray]:
     """Flow of every frame of the encoded stream: int16 (rows, cols, 2) as `preprocess.shards` defines it.
 
     The first is all `INTRA`: nothing precedes it. I-frames have flow as any other frame.
     """
     before = None
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        for frame in container.decode(stream):
-            now = luma(frame)
-            yield np.full((*settings.grid, 2), INTRA, np.int16) if before is None else grid(displacement(before, now))
-            before = now
+    for picture in pictures:
+        now = luma(picture)
+        yield np.full((*settings.grid, 2), INTRA, np.int16) if before is None else grid(displacement(before, now))
+        before = now
 
 
 def luma(frame: av.VideoFrame) -> np.ndarray:
@@ -51,6 +116,8 @@ def displacement(before: np.ndarray, now: np.ndarray) -> np.ndarray:
 
     Both are luma (H, W) from 0 to 1.
     """
+    from skimage.registration import optical_flow_tvl1  # of an extra
+
     # The library's answer is (rows, columns) such that now(x) = before(x + answer): where the content came from. What
     # we want is where it went, hence the sign.
     down, right = optical_flow_tvl1(

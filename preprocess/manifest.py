@@ -6,8 +6,8 @@
 
 The order of the rows is part of a manifest: shards refer to videos by row (counted from 0, header not counted).
 
-`Manifest.read` and `Manifest.write` are the file; `scan` makes one from a folder of videos, `scan_kinetics` from a
-folder and Kinetics' own annotation lists. numpy and the standard library only.
+`Manifest.read` and `Manifest.write` are the file; `scan` makes one from a folder of videos. numpy and the standard
+library only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 
@@ -37,9 +36,6 @@ VIDEO_EXTENSIONS = (
 
 StrPath = str | os.PathLike[str]
 
-_KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
-_KINETICS_SUBSETS = {"train": "train", "val": "val", "validate": "val", "test": "test"}  # "validate": Kinetics-700
-_KINETICS_NAME = re.compile(r"([A-Za-z0-9_-]{11})(?:_(\d+)_(\d+))?")
 # Lone surrogates stand for file names that are not UTF-8. Control characters would break the line-wise failure table,
 # and csv writers of different Python versions disagree on quoting a carriage return.
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
@@ -140,8 +136,8 @@ class Manifest:
         Raises ValueError, naming the file and the line, for what the class refuses and for bytes that are not UTF-8,
         a missing, doubled or unknown column, rows of another length, and quotes that do not close.
         """
-        lines, rows = _read_csv(path, COLUMNS, ())
-        return _manifest(rows, str(path), lambda row: f"{path}, line {lines[row]}")
+        lines, rows = read_csv(path, COLUMNS)
+        return from_rows(rows, str(path), lambda row: f"{path}, line {lines[row]}")
 
     def write(self, path: StrPath) -> None:
         """Write the file (UTF-8, LF line ends); all of it or, where that fails, none: an older file stays."""
@@ -161,15 +157,6 @@ def dataset_name(path: StrPath) -> str:
     return whole.parent.name if whole.stem == "manifest" else whole.stem
 
 
-class KineticsScan(NamedTuple):
-    """What `scan_kinetics` found."""
-
-    manifest: Manifest
-    missing: list[str]  # annotated, not on disk: LABEL/ID_START_END, in the order of the annotations
-    unannotated: list[str]  # on disk, left out: no annotation names it
-    copies: list[str]  # on disk, left out: another file of the same annotated clip was taken
-
-
 def scan(folder: StrPath, labels: bool = True) -> Manifest:
     """Make a manifest of the videos in a folder, at any depth, sorted by path.
 
@@ -182,7 +169,7 @@ def scan(folder: StrPath, labels: bool = True) -> Manifest:
     Raises ValueError where `folder` is no folder or holds no video, or a name cannot stand in a manifest; OSError
     where a folder cannot be listed.
     """
-    paths = _videos(folder)
+    paths = list_videos(folder)
     first = {path.split("/", 1)[0] for path in paths if "/" in path}
     by_subset = bool(first) and first <= {"train", "val", "test"}
     rows = []
@@ -190,107 +177,10 @@ def scan(folder: StrPath, labels: bool = True) -> Manifest:
         *folders, _ = path.split("/")
         subset = folders.pop(0) if by_subset and folders else ""
         rows.append((path, folders[0] if labels and folders else "", subset))
-    return _manifest(rows, str(folder), lambda row: f"{folder}: video {paths[row]!r}")
+    return from_rows(rows, str(folder), lambda row: f"{folder}: video {paths[row]!r}")
 
 
-def scan_kinetics(folder: StrPath, *annotations: StrPath) -> KineticsScan:
-    """Match the videos in a folder with one or more of the official Kinetics annotation lists.
-
-    A list is a CSV file with the columns label, youtube_id, time_start, time_end (whole seconds), split (train, val
-    or validate, test) and perhaps is_cc. Videos lie at any depth, under any folder names, with any of
-    VIDEO_EXTENSIONS, and are called ID.mp4 or ID_START_END.mp4 (times usually padded to six digits). A name with
-    times must have the annotated ones. A name without is enough where the lists hold that id once; where they hold
-    it several times, a folder above the file must be called like the label of one (spaces or underscores).
-    Labels and subsets are the lists', whatever the folders are called. Files are taken whole: the times are not
-    applied, so clips must have been cut already.
-
-    Of several files of one clip one with times in its name is taken, else the first by path; see `copies`.
-
-    Raises ValueError for a list that is malformed or contradicts itself (naming file and line), and where not one
-    annotated video is found.
-    """
-    clips = _read_kinetics(annotations)
-    by_id: dict[str, list[_Clip]] = {}
-    for clip in clips:
-        by_id.setdefault(clip.youtube_id, []).append(clip)
-
-    unannotated: list[str] = []
-    candidates: dict[_Clip, list[tuple[bool, str]]] = {}
-    for path in _videos(folder):
-        name = _KINETICS_NAME.fullmatch(PurePosixPath(path).stem)
-        matches = by_id.get(name[1], []) if name else []
-        if name and name[2]:
-            matches = [clip for clip in matches if (clip.start, clip.end) == (int(name[2]), int(name[3]))]
-        elif len(matches) > 1:
-            above = {_plain(part) for part in path.split("/")[:-1]}
-            matches = [clip for clip in matches if _plain(clip.label) in above]
-        if name and len(matches) == 1:
-            candidates.setdefault(matches[0], []).append((not name[2], path))
-        else:
-            unannotated.append(path)
-    if not candidates:
-        raise ValueError(
-            f"{folder}: none of its {len(unannotated)} videos is among the {len(clips)} annotated ones; names must be "
-            f"like {clips[0].youtube_id}.mp4 or {clips[0].file_name}.mp4: check the folder and the list"
-        )
-    rows = sorted((min(files)[1], clip.label, clip.subset) for clip, files in candidates.items())
-    return KineticsScan(
-        _manifest(rows, str(folder), lambda row: f"{folder}: video {rows[row][0]!r}"),
-        [clip.name for clip in clips if clip not in candidates],
-        unannotated,
-        sorted(path for files in candidates.values() for _, path in sorted(files)[1:]),
-    )
-
-
-class _Clip(NamedTuple):
-    """One annotated Kinetics clip; start and end in whole seconds of the original video."""
-
-    label: str
-    youtube_id: str
-    start: int
-    end: int
-    subset: str
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.youtube_id}_{self.start:06d}_{self.end:06d}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.label}/{self.file_name}"
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").casefold()
-
-
-def _read_kinetics(annotations: Sequence[StrPath]) -> list[_Clip]:
-    """All clips of the lists, in their order, each once."""
-    if not annotations:
-        raise ValueError("no annotation list is given: name at least one of Kinetics' CSV files")
-    seen: dict[tuple[str, int, int], tuple[_Clip, str]] = {}
-    for path in annotations:
-        for line, (label, youtube_id, start, end, split) in zip(*_read_csv(path, _KINETICS_COLUMNS, ("is_cc",))):
-            where = f"{path}, line {line}"
-            if not re.fullmatch(r"[A-Za-z0-9_-]{11}", youtube_id):
-                raise ValueError(f"{where}: youtube_id {youtube_id!r} is not 11 letters, digits, - or _: correct it")
-            if not (re.fullmatch("[0-9]+", start) and re.fullmatch("[0-9]+", end) and int(start) < int(end)):
-                raise ValueError(f"{where}: times {start!r} to {end!r} are not two rising whole seconds: correct them")
-            if split not in _KINETICS_SUBSETS:
-                raise ValueError(f"{where}: unknown split {split!r}; write one of {', '.join(_KINETICS_SUBSETS)}")
-            clip = _Clip(label, youtube_id, int(start), int(end), _KINETICS_SUBSETS[split])
-            first, first_where = seen.setdefault(clip[1:4], (clip, where))
-            if first != clip:
-                raise ValueError(
-                    f"{where}: {clip.name} ({clip.subset}) contradicts {first_where}, where the same clip is "
-                    f"{first.name} ({first.subset}): delete one of the two lines"
-                )
-    if not seen:
-        raise ValueError(f"{', '.join(map(str, annotations))}: no rows below the header: name a list that has some")
-    return [clip for clip, _ in seen.values()]
-
-
-def _videos(folder: StrPath) -> list[str]:
+def list_videos(folder: StrPath) -> list[str]:
     """Paths of the video files under a folder, relative to it, with forward slashes, sorted; at least one."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder: name the folder that holds the videos")
@@ -317,8 +207,11 @@ def _videos(folder: StrPath) -> list[str]:
     return sorted(found)
 
 
-def _read_csv(path: StrPath, required: Sequence[str], optional: Sequence[str]) -> tuple[list[int], list[list[str]]]:
-    """Line numbers (from 1) and the fields of the required columns, in that order, of every line that is not blank."""
+def read_csv(path: StrPath, required: Sequence[str], optional: Sequence[str] = ()) -> tuple[list[int], list[list[str]]]:
+    """Line numbers (from 1) and the fields of the required columns, in that order, of every line that is not blank.
+
+    Raises ValueError, naming file and line, for what is no such table.
+    """
     data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
@@ -357,8 +250,8 @@ def _read_csv(path: StrPath, required: Sequence[str], optional: Sequence[str]) -
     return lines, rows
 
 
-def _manifest(rows: Sequence[Sequence[str]], whole: str, where: Callable[[int], str]) -> Manifest:
-    """A manifest of rows (path, label, subset), checked first with the caller's names for `whole` and rows."""
+def from_rows(rows: Sequence[Sequence[str]], whole: str, where: Callable[[int], str]) -> Manifest:
+    """A manifest of rows (path, label, subset); errors have the caller's names for the `whole` and for a row."""
     paths, labels, subsets = (tuple(row[column] for row in rows) for column in range(len(COLUMNS)))
     _check(paths, labels, subsets, whole, where)
     return Manifest(paths, labels, subsets)

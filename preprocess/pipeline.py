@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import json
 import os
 import platform
-import re
-import shutil
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import joblib
+import numpy as np
 from tqdm import tqdm
 
-from preprocess.codec import Codec, CodecError, CodecLost, end_with_parent, plain
+from preprocess.codec import Codec, CodecError, plain, spread
 from preprocess.files import replacing
 from preprocess.manifest import Manifest
-from preprocess.shards import Failure, Origin, Settings, Shard, shard_name
-from preprocess.writer import Spool, Video, write_shard
+from preprocess.shards import Failure, Origin, Settings, Shard, shard_name, shard_paths
+from preprocess.writer import Spool, Video, working, write_shard
 
 Backend = Literal["processes", "dask"]
 
 # Every library whose version can change a shard's bytes.
 LIBRARIES = ("av", "simplejpeg", "h5py", "numpy")
-FLOW_LIBRARIES = ("scikit-image", "scipy")
-POLL_SECONDS = 0.5
 LOG_SECONDS = 60.0  # between lines of progress where there is no terminal for a bar
 
 
@@ -55,16 +48,10 @@ class Task:
     def shard(self) -> Path:
         return self.out / shard_name(self.number)
 
-    @property
-    def work(self) -> Path:
-        """Folder of what is unfinished; hidden, and one a shard, so that parts of a job array share nothing."""
-        return self.out / f".{shard_name(self.number)}.work"
-
 
 class Made(NamedTuple):
     """What one finished task stored."""
 
-    number: int
     videos: int
     frames: int
     failures: int
@@ -80,6 +67,37 @@ class Summary:
     shards_made: int
     shards_skipped: int
     seconds: float
+
+
+class Progress:
+    """A bar over the videos of all workers, or in a job's log a line a minute: how many, frames a second, failures."""
+
+    def __init__(self, videos: int) -> None:
+        self._bar = tqdm(total=videos, unit="video", disable=None, smoothing=0.05)
+        self._started = self._said = time.monotonic()
+        self._videos = self._frames = self._failures = 0
+        self._lock = threading.Lock()
+
+    def add(self, videos: int, frames: int, failures: int = 0) -> None:
+        """Count what any thread has finished; `videos` are those that are stored."""
+        with self._lock:
+            self._videos += videos + failures
+            self._frames += frames
+            self._failures += failures
+            now = time.monotonic()
+            how = f"{self._frames / (now - self._started):.0f} frames/s, {self._failures} failed"
+            if not self._bar.disable:
+                self._bar.set_postfix_str(how, refresh=False)
+                self._bar.update(videos + failures)
+            elif now - self._said >= LOG_SECONDS:
+                print(f"{self._videos} of {self._bar.total} videos, {how}", file=sys.stderr, flush=True)
+                self._said = now
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def run(
@@ -120,71 +138,46 @@ def run(
         raise ValueError(f"--part {index}/{parts}: the first number runs from 1 to the second")
     mine = [t for t in tasks if t.number % parts == index - 1]
     todo = [t for t in mine if _needed(t, retry_failed)]
-    skipped = len(mine) - len(todo)
-    for task in todo:
-        (task.work / "progress").unlink(missing_ok=True)  # of an earlier run
-    with _progress(todo):
-        made = _make_on_dask(todo, scheduler) if backend == "dask" else _make(todo, workers)
+    with Progress(sum(len(t.paths) for t in todo)) as progress:
+        if backend == "dask":
+            made = _make_on_dask(todo, scheduler, progress)
+        else:
+            made = spread(lambda task, codec: make_shard(task, codec, progress), todo, workers)
     failures = write_failures(out)
     return Summary(
         videos=sum(m.videos for m in made),
         frames=sum(m.frames for m in made),
         failures=failures,
         shards_made=len(made),
-        shards_skipped=skipped,
+        shards_skipped=len(mine) - len(todo),
         seconds=time.monotonic() - started,
     )
 
 
-def _make(todo: list[Task], workers: int) -> list[Made]:
-    """Every task, in `workers` processes. One killed process breaks the whole pool; its shards are tried once more."""
-    made: dict[int, Made] = {}
-    tried_again: set[int] = set()
-    while len(made) < len(todo):
-        left = [t for t in todo if t.number not in made]
-        # More memory than one process has is the usual reason for being killed, so the message names it.
-        parallel = joblib.Parallel(
-            n_jobs=workers,
-            return_as="generator_unordered",
-            batch_size=1,
-            initializer=end_with_parent,
-            initargs=(os.getpid(),),
-        )
-        try:
-            for result in parallel(joblib.delayed(make_shard)(t) for t in left):
-                made[result.number] = result
-        except joblib.externals.loky.process_executor.TerminatedWorkerError as error:
-            hit = {t.number for t in left if t.number not in made and (t.work / "progress").exists()}
-            names = ", ".join(shard_name(n) for n in sorted(hit))
-            if hit & tried_again or not hit:
-                raise RuntimeError(
-                    f"a worker process was killed again, probably for lack of memory, while making {names}: lower "
-                    "--workers and run the same command again; finished shards are kept"
-                ) from error
-            tried_again |= hit
-            print(
-                f"a worker process was killed, probably for lack of memory; making {names} once more", file=sys.stderr
-            )
-    return list(made.values())
-
-
-def _make_on_dask(todo: list[Task], scheduler: str | None) -> list[Made]:
+def _make_on_dask(todo: list[Task], scheduler: str | None, progress: Progress) -> list[Made]:
     """Every task, on the workers of a running Dask cluster, which tries those of a killed worker again elsewhere."""
     try:
-        from distributed import Client
+        from distributed import Client, as_completed
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise ValueError("--backend dask needs Dask: pip install '.[preprocess,cluster]'") from error
-    with Client(scheduler, set_as_default=False) as client:
+    made: list[Made] = []
+    with Client(scheduler, set_as_default=False) as client, client.as_current():
         try:
-            with joblib.parallel_config(backend="dask", client=client, retries=1):
-                parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-                return list(parallel(joblib.delayed(make_shard)(t) for t in todo))
+            for _, result in as_completed(client.map(_make_alone, todo, retries=1, pure=False), with_results=True):
+                made.append(result)
+                progress.add(*result)
         except KilledWorker as error:
             raise RuntimeError(
                 f"a shard's worker was killed again and again, probably for lack of memory ({error}): start fewer "
                 "workers a machine and run the same command again; finished shards are kept"
             ) from error
+    return made
+
+
+def _make_alone(task: Task) -> Made:
+    with Codec() as codec:
+        return make_shard(task, codec)
 
 
 def plan(
@@ -194,7 +187,7 @@ def plan(
     if videos_per_shard < 1:
         raise ValueError(f"--videos-per-shard is {videos_per_shard}; it must be at least 1")
     starts = range(0, len(manifest.paths), videos_per_shard)
-    origin = Origin(settings, manifest.sha256, manifest.classes, _versions(settings), len(starts))
+    origin = Origin(settings, manifest.sha256, manifest.classes, library_versions(LIBRARIES), len(starts))
     numbers = manifest.label_numbers
     return [
         Task(
@@ -211,21 +204,15 @@ def plan(
     ]
 
 
-def _versions(settings: Settings) -> dict[str, str]:
-    """Versions of what shapes a shard's bytes. Raises ValueError where flow is asked for and its extra absent."""
-    versions = {name: version(name) for name in LIBRARIES} | {"machine": platform.machine()}
-    if settings.flow:
-        try:
-            versions |= {name: version(name) for name in FLOW_LIBRARIES}
-        except PackageNotFoundError as error:
-            raise ValueError("--flow needs scikit-image: pip install '.[preprocess,flow]'") from error
-    return versions
+def library_versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of what shapes a file's bytes, the kind of CPU among it."""
+    return {name: version(name) for name in names} | {"machine": platform.machine()}
 
 
 def refuse_foreign(out: Path, tasks: list[Task]) -> None:
     """Raise ValueError where the folder holds shards that this run would not make; nothing is deleted."""
     expected = {shard_name(t.number): t for t in tasks}
-    for path in sorted(out.glob("shard-*.h5")):
+    for path in shard_paths(out):
         shard = Shard(path)
         differences = tasks[0].origin.differences(shard.origin)
         task = expected.get(path.name)
@@ -242,117 +229,37 @@ def _needed(task: Task, retry_failed: bool) -> bool:
     return not task.shard.exists() or (retry_failed and bool(Shard(task.shard).failed))
 
 
-def make_shard(task: Task) -> Made:
-    """Make one shard. Runs in a worker. Raises OSError, saying what to do, where the disk does not take it."""
-    try:
-        return _make_shard(task)
-    except OSError as error:
-        # HDF5 hides the system's reason in the middle of its own.
-        number = error.errno or next(iter(map(int, re.findall(r"errno = (\d+)", str(error)))), 0)
-        raise OSError(
-            f"{task.shard} cannot be made: {os.strerror(number) if number else error} (in {task.out} or the folder for "
-            f"temporary files, {tempfile.gettempdir()}). Make room, or mend what this names, and run the same command "
-            "again: finished shards are kept"
-        ) from error
-
-
-def _make_shard(task: Task) -> Made:
-    work = task.work
-    work.mkdir(exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"{work} is being worked on by another process: wait for it, or stop it") from error
-        spool = Spool(work)
-        spool.truncate((0,) * len(spool.names))  # what an earlier, killed attempt left
-        videos: list[Video] = []
-        failures: list[Failure] = []
-        frames = 0
-        _tell(work, 0, 0, 0)
-        with Codec() as codec:
-            for row, (path, label) in enumerate(zip(task.paths, task.labels), start=task.first_row):
-                stored = _store(codec, task, spool, row, path, label)
-                if isinstance(stored, Video):
-                    videos.append(stored)
-                    frames += len(stored.frame_bytes)
-                else:
-                    failures.append(stored)
-                _tell(work, len(videos), frames, len(failures))
+def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Made:
+    """Make one shard, telling `progress` of every video. Raises as `working` and `write_shard`."""
+    videos: list[Video] = []
+    failures: list[Failure] = []
+    frames = 0
+    with working(task.shard) as spool:
+        for row, (path, label) in enumerate(zip(task.paths, task.labels), start=task.first_row):
+            stored = _store(codec, task, spool, row, path, label)
+            if isinstance(stored, Video):
+                videos.append(stored)
+                frames += len(stored.frame_bytes)
+                done = Made(1, len(stored.frame_bytes), 0)
+            else:
+                failures.append(stored)
+                done = Made(0, 0, 1)
+            if progress:
+                progress.add(*done)
         write_shard(task.out, task.number, task.origin, task.first_row, len(task.paths), videos, failures, spool)
-        shutil.rmtree(work)
-    return Made(task.number, len(videos), frames, len(failures))
+    return Made(len(videos), frames, len(failures))
 
 
 def _store(codec: Codec, task: Task, spool: Spool, row: int, path: str, label: int) -> Video | Failure:
-    """One video into the spool, or why not. A decoder that dies or hangs is replaced and the video tried once more."""
-    before = spool.sizes()
+    """One video into the spool, or why not."""
     source = task.videos / path
-    reason = ""
-    for _ in range(2):
-        try:
-            answer = codec.convert(source, spool, task.origin.settings, task.time_limit)
-            return Video(row, path, label, **answer)
-        except CodecError as error:
-            reason = str(error)
-            break
-        except CodecLost as error:
-            reason = str(error)
-            spool.truncate(before)
-    spool.truncate(before)
-    return Failure(row, path, plain(reason, source, path))
-
-
-def _tell(work: Path, videos: int, frames: int, failures: int) -> None:
-    """Leave this shard's progress where whoever watches the folder finds it, on any machine."""
-    (work / "progress.new").write_text(json.dumps([videos, frames, failures]))
-    os.replace(work / "progress.new", work / "progress")
-
-
-@contextmanager
-def _progress(todo: list[Task]) -> Iterator[None]:
-    """A bar over all workers, or in a job's log a line a minute: videos done, frames a second, failures."""
-    done = threading.Event()
-    total = sum(len(t.paths) for t in todo)
-    bar = tqdm(total=total, unit="video", disable=None, smoothing=0.05)
-    started = time.monotonic()
-
-    def watch() -> None:
-        seen: dict[int, list[int]] = {}
-        finished: set[int] = set()
-        said = started
-        while True:
-            last = done.wait(POLL_SECONDS)
-            for task in todo:
-                if task.number in finished:
-                    continue
-                try:
-                    seen[task.number] = json.loads((task.work / "progress").read_text())
-                except FileNotFoundError:
-                    if (task.number in seen or last) and task.shard.exists() and not task.work.exists():
-                        finished.add(task.number)
-                        counts = seen.setdefault(task.number, [0, 0, 0])
-                        counts[0] = len(task.paths) - counts[2]
-            videos, frames, failures = (sum(s[i] for s in seen.values()) for i in range(3))
-            now = time.monotonic()
-            how = f"{frames / (now - started):.0f} frames/s, {failures} failed"
-            if not bar.disable:
-                bar.n = videos + failures
-                bar.set_postfix_str(how)
-            elif now - said >= LOG_SECONDS:
-                print(f"{videos + failures} of {total} videos, {how}", file=sys.stderr, flush=True)
-                said = now
-            if last:
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        bar.close()
+        answer = codec.run("convert", source, spool, task.origin.settings, task.time_limit)
+    except CodecError as error:
+        return Failure(row, path, plain(str(error), source, path))
+    for key in ("frame_bytes", "iframe_bytes", "iframe_frame"):
+        answer[key] = np.array(answer[key], np.int64)
+    return Video(row, path, label, **answer)
 
 
 def write_failures(out: Path) -> list[Failure]:
@@ -360,7 +267,7 @@ def write_failures(out: Path) -> list[Failure]:
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # of several parts, the last to come sees every shard
-        failures = [f for p in sorted(out.glob("shard-*.h5")) for f in Shard(p).failed]
+        failures = [f for p in shard_paths(out) for f in Shard(p).failed]
         with (
             replacing(out / "failures.csv") as partial,
             open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,

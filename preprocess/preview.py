@@ -21,21 +21,21 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from preprocess.draw import Image, arrows, colour_view, enlarge, wheel_legend
+from preprocess.draw import DPI, Image, arrows, colour_view, enlarge, new_figure, pixels, wheel_legend
 from preprocess.files import replacing
 from preprocess.shards import INTRA, QUARTERS, Shard, ShardSet
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 TIMES = 4  # pictures of moving frames a video, besides the first I-frame
 MOST_VIDEOS = 24  # each takes about a thousand lines of the page
+WIDTH, HEIGHT = 2000, 1120  # pixels of a sheet that one video takes
 PICTURE_WIDTH = 456  # frames are enlarged by a whole factor to about this before arrows are drawn on them
 MOST_INTRA = 0.25  # beyond this share of blocks without a vector a frame is a cut, and its vectors are arbitrary
-DPI = 100
 INK, PALE, I_FRAME, SHOWN = "#222222", "#666666", "#c2410c", "#0369a1"
 SEPARATOR = "  ·  "
-TEXT: dict[str, Any] = {"color": INK, "va": "center", "parse_math": False}  # names may hold $, which starts no formula
 
 Pixels = npt.NDArray[np.floating]
 
@@ -74,10 +74,12 @@ def contact_sheet(shard_set: ShardSet, videos: Sequence[int], out_png: Path) -> 
     """
     if not 1 <= len(videos) <= MOST_VIDEOS:
         raise ValueError(f"{len(videos)} videos: a sheet shows 1 to {MOST_VIDEOS}")
-    sheet = _Sheet(shard_set, len(videos))
-    for place, number in enumerate(videos):
-        sheet.add(_View.of(shard_set, number), place)
-    return sheet.save(Path(out_png))
+    figure = new_figure(WIDTH, HEIGHT * len(videos), layout="constrained")
+    for part, number in zip(figure.subfigures(len(videos), 1, squeeze=False)[:, 0], videos):
+        _draw(part, _View.of(shard_set, number))
+    with replacing(Path(out_png)) as partial:
+        figure.savefig(partial, format="png", dpi=DPI, facecolor="white")
+    return Path(out_png)
 
 
 def animation(shard_set: ShardSet, video: int, out_mp4: Path) -> Path:
@@ -197,147 +199,82 @@ class _View:
         return stored, arrows(frame, motion, self.encoded, self.gain), colours
 
 
-class _Sheet:
-    """The page of `contact_sheet`: places everything in pixels, so that nothing can come to lie on anything else."""
+def _draw(page: SubFigure, view: _View) -> None:
+    """One video's part of a sheet."""
+    page.suptitle(f"{_shorten(view.path, 150)}\n{view.facts}", x=0.01, ha="left", color=INK, parse_math=False)
+    grid = page.add_gridspec(4, TIMES + 2, height_ratios=(3, 3, 3, 1.5), width_ratios=(2, *[3] * (TIMES + 1)))
+    length = "drawn at true length" if view.gain == 1 else f"drawn {view.gain:g} times as long"
+    rows = {
+        "Frame": "as stored in the shard",
+        "Motion as arrows": f"how each 16×16 block moved\nsince the previous frame,\n{length}",
+        "Motion as colour": f"rim: {view.limit} px a frame or more\nwhite: still\nhatched: no vector (intra)",
+        "Motion over time": "mean over all blocks, px",
+    }
+    for row, (title, text) in enumerate(rows.items()):
+        axes = page.add_subplot(grid[row, 0])
+        axes.set_title(title, loc="left", fontweight="bold", fontsize="medium")
+        if row == 2:
+            axes.imshow(wheel_legend(312))
+            axes.set_xlabel(text, loc="left", color=PALE)
+        else:
+            axes.text(0, 1, text, color=PALE, va="top", transform=axes.transAxes)
+        _without_axis(axes)
+    for column, t in enumerate([0, *view.moments], start=1):
+        colour = I_FRAME if t in view.i_frames else INK
+        for row, picture in enumerate(view.pictures(t)):
+            axes = page.add_subplot(grid[row, column])
+            axes.imshow(picture)
+            axes.set_title(view.caption(t) if row == 0 else "", loc="left", color=colour, fontsize="medium")
+            _without_axis(axes, colour)
+    _curve(page.add_subplot(grid[3, 1:]), view)
 
-    MARGIN, LEFT, GAP = 28, 196, 10
-    TITLE, CAPTION, PLOT, FOOT = 62, 24, 96, 74  # heights: two lines of text; a line; the curve; its axis and a gap
 
-    def __init__(self, shard_set: ShardSet, videos: int) -> None:
-        settings = shard_set.settings
-        self.wide = 340
-        self.high = round(self.wide * settings.frame_height / settings.frame_width)
-        self.step = max(self.high, 210) + self.GAP  # from row to row; the legend needs 210
-        self.group = self.TITLE + self.CAPTION + 3 * self.step + self.PLOT + self.FOOT
-        self.width = 2 * self.MARGIN + self.LEFT + (TIMES + 1) * (self.wide + self.GAP)
-        self.height = 2 * self.MARGIN + videos * self.group
-        self.figure = _figure(self.width, self.height)
+def _curve(axes: Axes, view: _View) -> None:
+    """Mean motion of every frame, the I-frames and the moments shown."""
+    # I-frames carry no vectors: the curve has gaps there rather than drops to zero that nothing in the scene made.
+    mean = view.mean.copy()
+    mean[view.i_frames] = np.nan
+    axes.vlines(view.i_frames, 0, 1, color=I_FRAME, lw=0.8, transform=axes.get_xaxis_transform(), label="I-frames")
+    axes.plot(mean, color=INK, linewidth=1.2, marker=".", markersize=3)
+    axes.plot(view.moments, mean[view.moments], "v", color=SHOWN, markersize=9, label="shown above")
+    axes.set_xlim(-0.5, len(view.mean) - 0.5)
+    axes.set_ylim(0, 1.25 * max(1.0, float(view.mean.max())))
+    axes.set_xlabel("frame", color=PALE)
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False, ncols=2)
 
-    def add(self, view: _View, place: int) -> None:
-        top = self.MARGIN + place * self.group
-        self._text(self.MARGIN, top + 12, _shorten(view.path, 150), size=15, weight="bold")
-        self._text(self.MARGIN, top + 38, view.facts, size=12, color=PALE)
-        rows = top + self.TITLE + self.CAPTION
-        for column, t in enumerate([0, *view.moments]):
-            left = self.MARGIN + self.LEFT + column * (self.wide + self.GAP)
-            colour = I_FRAME if t in view.i_frames else INK
-            self._text(left, rows - 13, view.caption(t), size=12, color=colour)
-            for row, picture in enumerate(view.pictures(t)):
-                self._image(left, rows + row * self.step, self.wide, self.high, picture, colour)
-        self._legends(view, rows)
-        self._curve(view, rows + 3 * self.step + 14)
 
-    def save(self, path: Path) -> Path:
-        with replacing(path) as partial:
-            self.figure.savefig(partial, format="png", dpi=DPI, facecolor="white")
-        return path
-
-    def _legends(self, view: _View, rows: int) -> None:
-        step, wheel = self.step, 104
-        self._text(self.MARGIN, rows + 14, "Frame", size=13, weight="bold")
-        self._text(self.MARGIN, rows + 36, "as stored in the shard", size=11, color=PALE)
-        self._text(self.MARGIN, rows + step + 14, "Motion as arrows", size=13, weight="bold")
-        length = "drawn at true length" if view.gain == 1 else f"drawn {view.gain:g} times as long"
-        lines = ["how each 16×16 block moved", "since the previous frame,", length]
-        for n, line in enumerate(lines):
-            self._text(self.MARGIN, rows + step + 36 + 18 * n, line, size=11, color=PALE)
-        self._text(self.MARGIN, rows + 2 * step + 14, "Motion as colour", size=13, weight="bold")
-        self._image(self.MARGIN, rows + 2 * step + 32, wheel, wheel, wheel_legend(3 * wheel), None)
-        below = rows + 2 * step + 32 + wheel + 14
-        self._text(self.MARGIN, below, f"rim: {view.limit} px a frame or more", size=11, color=PALE)
-        self._text(self.MARGIN, below + 18, "white: still", size=11, color=PALE)
-        hatch = colour_view(np.zeros((1, 1, 2)), 1.0, (16, 16), (32, 20), np.ones((1, 1), np.bool_))
-        self._image(self.MARGIN, below + 32, 32, 20, hatch, None)
-        self._text(self.MARGIN + 40, below + 42, "no vector (intra)", size=11, color=PALE)
-
-    def _curve(self, view: _View, top: int) -> None:
-        left, wide = self.MARGIN + self.LEFT, (TIMES + 1) * (self.wide + self.GAP) - self.GAP
-        axes = self.figure.add_axes(self._box(left, top, wide, self.PLOT))
-        axes.vlines(view.i_frames, 0, 1, color=I_FRAME, linewidth=0.8, alpha=0.6, transform=axes.get_xaxis_transform())
-        # I-frames carry no vectors: the curve has gaps there rather than drops to zero that nothing in the scene made.
-        mean = view.mean.copy()
-        mean[view.i_frames] = np.nan
-        axes.plot(mean, color=INK, linewidth=1.2, marker=".", markersize=3)
-        if view.moments:
-            axes.plot(view.moments, mean[view.moments], "v", color=SHOWN, markersize=9)
-        axes.set_xlim(-0.5, len(view.mean) - 0.5)
-        axes.set_ylim(0, 1.25 * max(1.0, float(view.mean.max())))
-        axes.set_xlabel("frame", fontsize=11, color=PALE, labelpad=1)
-        axes.tick_params(labelsize=10, colors=PALE)
-        axes.locator_params(axis="x", integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        self._text(self.MARGIN, top + 14, "Motion over time", size=13, weight="bold")
-        lines = [("mean over all blocks, px", PALE), ("▼ shown above", SHOWN), ("│ I-frames", I_FRAME)]
-        for n, (line, colour) in enumerate(lines):
-            self._text(self.MARGIN, top + 36 + 18 * n, line, size=11, color=colour)
-
-    def _text(self, x: float, y: float, text: str, size: int, **style: Any) -> None:
-        """A line of text that begins at x and is centred on y, in pixels from the top left."""
-        self.figure.text(x / self.width, 1 - y / self.height, text, fontsize=0.8 * size, **(TEXT | style))
-
-    def _image(self, left: float, top: float, wide: float, high: float, image: Image, border: str | None) -> None:
-        axes = self.figure.add_axes(self._box(left, top, wide, high))
-        axes.imshow(image, aspect="auto", interpolation="antialiased")
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set(visible=border is not None, color=border, linewidth=2.5 if border == I_FRAME else 0.8)
-
-    def _box(self, left: float, top: float, wide: float, high: float) -> tuple[float, float, float, float]:
-        return left / self.width, 1 - (top + high) / self.height, wide / self.width, high / self.height
+def _without_axis(axes: Axes, border: str | None = None) -> None:
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=border is not None, color=border, linewidth=2.5 if border == I_FRAME else 0.8)
 
 
 def _clip_pictures(view: _View) -> Iterator[Image]:
-    """Each frame of a clip: a header line above the arrows and the colours side by side; even sizes."""
-    gap, head = 8, 76
-    header: _Header | None = None
+    """Each frame of a clip: arrows and colours side by side below what they are; even sizes."""
+    _, drawn, colours = view.pictures(0)
+    height, width = drawn.shape[:2]
+    figure = new_figure(2 * (width + 90), 2 * (height // 2 + 50), layout="constrained")
+    left, right, legend = figure.subplots(1, 3, width_ratios=(width, width, 120))
+    panels = [left.imshow(drawn), right.imshow(colours)]
+    left.set_xlabel(f"motion since the previous frame, arrows ×{view.gain:g}", loc="left", color=PALE)
+    right.set_xlabel("as colours; hatched: no vector", loc="left", color=PALE)
+    legend.imshow(wheel_legend(312))
+    legend.set_xlabel(f"rim: {view.limit} px\na frame", color=PALE)
+    for axes in (left, right, legend):
+        _without_axis(axes)
+    title = f"{_shorten(view.path, 100)}{SEPARATOR}{view.label}"
     for t in range(len(view.mean)):
-        _, drawn, colours = view.pictures(t)
-        high, wide = drawn.shape[:2]
-        page = np.full((head + high + high % 2, 2 * wide + gap, 3), 255, np.uint8)
-        page[head : head + high, :wide] = drawn
-        page[head : head + high, wide + gap :] = colours
-        header = header or _Header(view, page.shape[1], head)
-        page[:head] = header.draw(t)
-        yield page
-
-
-class _Header:
-    """The band above a clip: what it is, which frame this is, and the legend."""
-
-    def __init__(self, view: _View, width: int, height: int) -> None:
-        self.view, self.width, self.figure = view, width, _figure(width, height)
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        self.canvas = FigureCanvasAgg(self.figure)
-        wheel = height - 12
-        axes = self.figure.add_axes(((width - wheel - 6) / width, 6 / height, wheel / width, wheel / height))
-        axes.imshow(wheel_legend(3 * wheel), aspect="auto")
-        axes.axis("off")
-        self._line(0.20, _shorten(view.path, int(width / 8.5) - 22), weight="bold")
-        self._line(0.50, f"{view.label}{SEPARATOR}arrows: motion since the previous frame, ×{view.gain:g}", color=PALE)
-        self.now = self._line(0.80, "")
-        beside = 1 - (wheel + 14) / width
-        for y, text in ((0.32, f"rim: {view.limit} px a frame"), (0.68, "hatched: no vector")):
-            self._line(y, text, x=beside, ha="right", color=PALE)
-
-    def draw(self, t: int) -> Image:
-        """The band for frame t, uint8 (height, width, 3)."""
-        self.now.set_text(f"{self.view.caption(t)}{SEPARATOR}{t / float(frame_rate(self.view.fps)):.2f} s")
-        self.now.set_color(I_FRAME if t in self.view.i_frames else INK)
-        self.canvas.draw()
-        return np.asarray(self.canvas.buffer_rgba())[..., :3]
-
-    def _line(self, y: float, text: str, x: float | None = None, **style: Any) -> Any:
-        return self.figure.text(8 / self.width if x is None else x, 1 - y, text, fontsize=9.5, **(TEXT | style))
-
-
-def _figure(width: int, height: int) -> Figure:
-    """An empty white page of this many pixels, apart from pyplot's global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+        for panel, picture in zip(panels, view.pictures(t)[1:]):
+            panel.set_data(picture)
+        seconds = t / float(frame_rate(view.fps))
+        colour = I_FRAME if t in view.i_frames else INK
+        figure.suptitle(
+            f"{title}\n{view.caption(t)}{SEPARATOR}{seconds:.2f} s", x=0.01, ha="left", color=colour, parse_math=False
+        )
+        yield pixels(figure)[..., :3]
+        figure.set_layout_engine("none")  # once placed, nothing moves
 
 
 def _pixels(stored: npt.NDArray[np.int16]) -> tuple[Pixels, npt.NDArray[np.bool_]]:

@@ -16,7 +16,6 @@ uncompressed, so a reader asks HDF5 once where the bytes lie and then maps the f
 | iframes/jpeg, iframes/jpeg_offset | uint8 (bytes), int64 (K+1,) | every I-frame, height x width |
 | iframes/frame | int64 (K,) | which frame of frames/ each I-frame is |
 | motion | int16 (F, rows, cols, 2) | see below |
-| flow | int16 (F, rows, cols, 2) | only with `settings.flow`; see below |
 | failed/row | int64 (m,) | manifest rows that could not be stored |
 | failed/path, failed/reason (each with _offset) | uint8 (bytes), int64 (m+1,) | their paths, and why |
 
@@ -30,8 +29,10 @@ Motion vectors, stated once for the whole project:
 | unit | quarter pixels of the encoded frame |
 | no vector | `INTRA` (-32768): intra block, or an I-frame; a skipped block is a true zero |
 
-Optical flow has the same cells, axes, meaning and unit: the mean over a cell's pixels inside the frame, rounded.
-I-frames have it too; only a video's first frame, which nothing precedes, is all `INTRA`.
+Optical flow is not part of a shard. Where it was computed (`preprocess.flow`) it lies in a file of its own beside it,
+shard-00000.flow.h5: one dataset, `flow`, of the same shape, cells, axes, meaning and unit as `motion`, the mean over a
+cell's pixels inside the frame, rounded. I-frames have it too; a video's first frame, which nothing precedes, is all
+`INTRA`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,13 +51,12 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-FORMAT = "context-motion-shard"
-VERSION = 1
+FORMAT, FLOW_FORMAT = "context-motion-shard", "context-motion-flow"
+VERSION, FLOW_VERSION = 1, 1
 MACROBLOCK = 16
 QUARTERS = 4  # motion is stored in quarter pixels
 INTRA = -32768
 COPY_BYTES = 1 << 20  # what fits into a core's cache is copied and hashed faster than what does not
-VERIFY_ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
 
 SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "videos/row": ("int64", ("n",)),
@@ -72,14 +73,12 @@ SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "iframes/jpeg_offset": ("int64", ("K+1",)),
     "iframes/frame": ("int64", ("K",)),
     "motion": ("int16", ("F", "rows", "cols", 2)),
-    "flow": ("int16", ("F", "rows", "cols", 2)),
     "failed/row": ("int64", ("m",)),
     "failed/path": ("uint8", ("failed_path_bytes",)),
     "failed/path_offset": ("int64", ("m+1",)),
     "failed/reason": ("uint8", ("reason_bytes",)),
     "failed/reason_offset": ("int64", ("m+1",)),
 }
-OPTIONAL = "flow"  # the one dataset that only some settings ask for
 OFFSETS = {name: name.removesuffix("_offset") for name in SCHEMA if name.endswith("_offset")}
 
 
@@ -101,8 +100,6 @@ class Settings:
     """Height of the stored training frames, pixels (even)."""
     jpeg_quality: int = 90
     """Quality of frames and I-frames, 1 to 100 (4:2:0)."""
-    flow: bool = False
-    """Store TV-L1 optical flow beside the motion vectors (table 4): half a second of CPU time a frame."""
 
     def __post_init__(self) -> None:
         limits = {"width": (16, 8190), "height": (16, 8190), "frame_width": (16, 8190), "frame_height": (16, 8190)}
@@ -120,13 +117,11 @@ class Settings:
         return -(-self.height // MACROBLOCK), -(-self.width // MACROBLOCK)
 
     def to_json(self) -> str:
-        # Flow is named only where there is some, so that shards without it stay the same bytes.
-        values = {k: v for k, v in asdict(self).items() if k != OPTIONAL or v}
-        return json.dumps(values, sort_keys=True)
+        return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        values = {OPTIONAL: False} | json.loads(text)
+        values = json.loads(text)
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ValueError(f"settings name {sorted(set(values) ^ known)}, which this version does not share")
@@ -172,6 +167,21 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.h5"
 
 
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards of a folder, in order, without the files of optical flow beside them."""
+    return sorted(folder.glob("shard-*[0-9].h5"))
+
+
+def flow_path(shard: Path) -> Path:
+    """Where the optical flow of a shard lies."""
+    return shard.with_suffix(".flow.h5")
+
+
+def checksum_path(file: Path) -> Path:
+    """Where the SHA-256 of a file lies, in the form of the tool sha256sum."""
+    return file.with_name(file.name + ".sha256")
+
+
 def _unpack(data: np.ndarray, offset: np.ndarray) -> list[str]:
     raw = data.tobytes()
     return [raw[a:b].decode("utf-8", "surrogateescape") for a, b in zip(offset[:-1].tolist(), offset[1:].tolist())]
@@ -192,34 +202,22 @@ class Shard:
     `frame_jpeg_offset`, `iframe_jpeg_offset`, `iframe_frame` and `motion` are the mapped columns of the table above.
 
     Raises ValueError naming file and dataset where the file is not a shard of this version, or is damaged so that
-    reading would leave it; a flipped bit inside the data is found by `verify` and the checksum, not here.
+    reading would leave it; a flipped bit inside the data is found by its checksum (`preprocess.check`), not here.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._columns: dict[str, np.ndarray] = {}
         self._mapped: mmap.mmap | None = None
-        try:
+        self._flow: np.ndarray | None = None
+        with _blaming(self.path, "a shard"):
             with h5py.File(self.path, "r") as f:
                 self._read_attributes(f)
                 self._layout = self._read_layout(f)
             self._check_offsets()
-        except OSError as error:
-            raise ValueError(f"{self.path} cannot be read as a shard: {error}") from error
-        except KeyError as error:
-            raise ValueError(f"{self.path}: attribute {error} is missing") from error
-        except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: {error}") from error  # damaged metadata surfaces as any of these
 
     def _read_attributes(self, f: h5py.File) -> None:
-        values = {k: v.decode() if isinstance(v, bytes) else v for k, v in f.attrs.items()}
-        if values.get("format") != FORMAT:
-            raise ValueError(f"an HDF5 file but not a shard (attribute format: {values.get('format')!r})")
-        if values.get("version") != VERSION:
-            raise ValueError(
-                f"format version {values.get('version')}, this program reads {VERSION}: "
-                "run stage 1 again, or use the program version that wrote it"
-            )
+        values = _attributes(f, FORMAT, VERSION)
         self.settings = Settings.from_json(values["settings"])
         if values["settings_sha256"] != self.settings.sha256():
             raise ValueError("the settings do not match their own hash")
@@ -239,30 +237,14 @@ class Shard:
         known: dict[str | int, int] = {"rows": rows, "cols": cols, 2: 2}
         layout = {}
         for name, (dtype, dims) in SCHEMA.items():
-            if name == OPTIONAL and not self.settings.flow:
-                continue
-            for parent in (name.rpartition("/")[0], name):
-                if parent and not isinstance(f.get(parent, getlink=True), h5py.HardLink):
-                    raise ValueError(f"{parent} is missing or a link; shards hold plain datasets only")
-            try:
-                data = f[name]
-            except (KeyError, OSError, RuntimeError) as error:
-                raise ValueError(f"{name} cannot be opened: {error.args[0]}") from error
-            if not isinstance(data, h5py.Dataset) or data.dtype != np.dtype(dtype) or data.ndim != len(dims):
-                raise ValueError(f"{name} is not a dataset of type {dtype} with {len(dims)} dimensions")
-            if data.chunks is not None or data.is_virtual or data.external:
-                raise ValueError(f"{name} is not stored contiguously inside the file")
-            for dim, length in zip(dims, data.shape):
+            shape, offset = _place(f, name, dtype, len(dims), size)
+            for dim, length in zip(dims, shape):
                 base = known.setdefault(dim, length)
                 if isinstance(dim, str) and dim.endswith("+1"):
                     base = known.setdefault(dim[:-2], length - 1) + 1
                 if length != base:
-                    raise ValueError(f"{name} has shape {data.shape}; {dim} should be {base}")
-            count = math.prod(data.shape)
-            offset = data.id.get_offset() if count else 0
-            if offset is None or offset + count * data.dtype.itemsize > size:
-                raise ValueError(f"{name} lies outside the file's {size} bytes: the file is truncated")
-            layout[name] = (dtype, data.shape, offset)
+                    raise ValueError(f"{name} has shape {shape}; {dim} should be {base}")
+            layout[name] = (dtype, shape, offset)
         return layout
 
     def _check_offsets(self) -> None:
@@ -277,17 +259,13 @@ class Shard:
     def __getitem__(self, name: str) -> np.ndarray:
         """A column of the schema, mapped."""
         if not self._columns:
-            with open(self.path, "rb") as f:
-                mapped = self._mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            for key, (dtype, shape, offset) in self._layout.items():
-                count = math.prod(shape)
-                flat = np.frombuffer(mapped, dtype, count, offset) if count else np.empty(0, dtype)
-                self._columns[key] = flat.reshape(shape)
+            mapped = self._mapped = _map(self.path)
+            self._columns = {name: _column(mapped, *place) for name, place in self._layout.items()}
         return self._columns[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        # The map is made anew where the shard is unpickled.
-        return self.__dict__ | {"_columns": {}, "_mapped": None}
+        # The maps are made anew where the shard is unpickled.
+        return self.__dict__ | {"_columns": {}, "_mapped": None, "_flow": None}
 
     def release(self) -> None:
         """Let go of the memory that was read through the map; what is read again comes from the file again."""
@@ -307,11 +285,19 @@ class Shard:
     motion = property(lambda self: self["motion"])
 
     @property
+    def sha256(self) -> str:
+        """The checksum of the file as it was written."""
+        return checksum_path(self.path).read_text().split()[0]
+
+    @property
     def flow(self) -> np.ndarray:
-        """The mapped column of optical flow. Raises ValueError where the shard was made without."""
-        if not self.settings.flow:
-            raise ValueError(f"{self.path} holds no optical flow: run stage 1 with --flow, into another folder")
-        return self["flow"]
+        """Optical flow, int16 (F, rows, cols, 2), mapped from the file beside the shard.
+
+        Raises ValueError, saying how to get it, where there is none, or one that belongs to another shard.
+        """
+        if self._flow is None:
+            self._flow = _open_flow(self)
+        return self._flow
 
     @property
     def classes(self) -> list[str]:
@@ -342,55 +328,76 @@ class Shard:
         return self["iframes/jpeg"][offset[iframe] : offset[iframe + 1]]
 
 
-def verify(shard: Shard) -> list[str]:
-    """What is wrong with a shard's contents: rows, GOP, motion on I-frames, flow, JPEG markers. Empty if sound."""
-    problems = []
-    rows = np.sort(np.concatenate([shard.row, shard["failed/row"]]))
-    if not np.array_equal(rows, np.arange(shard.first_row, shard.first_row + shard.rows)):
-        problems.append(f"rows stored and failed do not make up {shard.first_row}..{shard.first_row + shard.rows - 1}")
-    lengths = np.diff(shard.frame_offset)
-    if (lengths < 1).any():
-        problems.append("a stored video has no frame")
-    starts = shard.frame_offset[:-1].tolist()
-    expected = [np.arange(s, s + n, shard.settings.gop) for s, n in zip(starts, lengths.tolist())]
-    if not np.array_equal(np.concatenate([*expected, np.empty(0, np.int64)]), shard.iframe_frame):
-        problems.append(f"I-frames are not exactly every {shard.settings.gop} frames")
-    elif not all((shard.motion[shard.iframe_frame[s]] == INTRA).all() for s in _slices(shard, "iframes")):
-        problems.append("an I-frame carries motion vectors")
-    if shard.settings.flow:
-        ends = shard.frame_offset[1:].tolist()
-        if not (shard.flow[starts] == INTRA).all():
-            problems.append("a video's first frame carries optical flow")
-        if any(_lacks_flow(shard, s + 1, e) for s, e in zip(starts, ends)):
-            problems.append("a later frame of a video lacks optical flow")
-    for kind in ("frames", "iframes"):
-        data, offset = shard[f"{kind}/jpeg"], shard[f"{kind}/jpeg_offset"]
-        if (np.diff(offset) < 4).any():
-            problems.append(f"{kind}/jpeg holds an empty image")
-        elif not all(_are_jpegs(data, offset[s.start : s.stop + 1]) for s in _slices(shard, kind)):
-            problems.append(f"{kind}/jpeg holds bytes that do not begin and end as a JPEG")
-    return [f"{shard.path}: {p}" for p in problems]
+def _open_flow(shard: Shard) -> np.ndarray:
+    path = flow_path(shard.path)
+    way_out = f"python -m preprocess flow {shard.path.parent} --videos FOLDER"
+    if not path.exists():
+        raise ValueError(f"{path.name} is missing from {path.parent}: make it with {way_out}")
+    with _blaming(path, "optical flow"), h5py.File(path, "r") as f:
+        if _attributes(f, FLOW_FORMAT, FLOW_VERSION)["shard_sha256"] != shard.sha256:
+            raise ValueError(f"the flow of another shard, or of what this one was before: delete it, then {way_out}")
+        shape, offset = _place(f, "flow", "int16", 4, path.stat().st_size)
+        if shape != shard.motion.shape:
+            raise ValueError(f"flow has shape {shape}, but the shard's motion {shard.motion.shape}")
+    return _column(_map(path), "int16", shape, offset)
 
 
-def _slices(shard: Shard, kind: str) -> Iterator[slice]:
-    """All frames or I-frames, some at a time; what was read of the file leaves memory after each."""
-    count = len(shard[f"{kind}/jpeg_offset"]) - 1
-    for start in range(0, count, VERIFY_ITEMS):
-        yield slice(start, min(start + VERIFY_ITEMS, count))
-        shard.release()
+@contextmanager
+def _blaming(path: Path, what: str) -> Iterator[None]:
+    """Name the file in errors of reading it, whatever HDF5 makes of damaged metadata: all become ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as {what}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: attribute {error} is missing") from error
+    except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _lacks_flow(shard: Shard, start: int, end: int) -> bool:
-    lacks = bool(shard.flow[start:end].min(initial=0) == INTRA)
-    shard.release()
-    return lacks
+def _attributes(f: h5py.File, expected: str, version: int) -> dict[str, Any]:
+    """The attributes of a file of this format and version."""
+    values = {k: v.decode() if isinstance(v, bytes) else v for k, v in f.attrs.items()}
+    if values.get("format") != expected:
+        raise ValueError(f"an HDF5 file but not a {expected} (attribute format: {values.get('format')!r})")
+    if values.get("version") != version:
+        raise ValueError(
+            f"format version {values.get('version')}, this program reads {version}: "
+            "run stage 1 again, or use the program version that wrote it"
+        )
+    return values
 
 
-def _are_jpegs(data: np.ndarray, offset: np.ndarray) -> bool:
-    """Whether each of the pictures that lie between the offsets begins and ends as a JPEG."""
-    first, last = offset[:-1], offset[1:]
-    marks = ((first, 0xFF), (first + 1, 0xD8), (last - 2, 0xFF), (last - 1, 0xD9))
-    return all((data[at] == mark).all() for at, mark in marks)
+def _place(f: h5py.File, name: str, dtype: str, dimensions: int, size: int) -> tuple[tuple[int, ...], int]:
+    """Shape and byte offset of a plain dataset that lies in the file's `size` bytes."""
+    for parent in (name.rpartition("/")[0], name):
+        if parent and not isinstance(f.get(parent, getlink=True), h5py.HardLink):
+            raise ValueError(f"{parent} is missing or a link; shards hold plain datasets only")
+    try:
+        data = f[name]
+    except (KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be opened: {error.args[0]}") from error
+    if not isinstance(data, h5py.Dataset) or data.dtype != np.dtype(dtype) or data.ndim != dimensions:
+        raise ValueError(f"{name} is not a dataset of type {dtype} with {dimensions} dimensions")
+    if data.chunks is not None or data.is_virtual or data.external:
+        raise ValueError(f"{name} is not stored contiguously inside the file")
+    count = math.prod(data.shape)
+    offset = data.id.get_offset() if count else 0
+    if offset is None or offset + count * data.dtype.itemsize > size:
+        raise ValueError(f"{name} lies outside the file's {size} bytes: the file is truncated")
+    return data.shape, offset
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _column(mapped: mmap.mmap, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    """A view of a dataset; of one without bytes an array of its own, since it lies nowhere."""
+    count = math.prod(shape)
+    flat = np.frombuffer(mapped, dtype, count, offset) if count else np.empty(0, dtype)
+    return flat.reshape(shape)
 
 
 class ShardSet:
@@ -401,7 +408,7 @@ class ShardSet:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        names = sorted(self.folder.glob("shard-*.h5"))
+        names = shard_paths(self.folder)
         if not names:
             raise ValueError(f"{self.folder} holds no shards (shard-*.h5): make them with python -m preprocess run")
         self.shards = [Shard(p) for p in names]
@@ -444,5 +451,5 @@ class ShardSet:
 
     def sha256(self) -> str:
         """Hash over the checksums of all shards: names the set in results."""
-        lines = [(s.path.parent / (s.path.name + ".sha256")).read_text() for s in self.shards]
+        lines = [checksum_path(s.path).read_text() for s in self.shards]
         return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -75,11 +75,30 @@ MOTIONS: dict[str, tuple[float | None, int]] = {
 }
 
 
+# How hard the contexts are: variation inside a family (standard deviations).
+SCALE_JITTER = 0.25  # octaves of the texture's wavelength
+PALETTE_JITTER = 12.0  # of 255, each colour and channel on its own
+TINT_JITTER = 12.0  # of 255, each channel, the same for the three colours of a scene
+BRIGHTNESS_JITTER = 0.15  # natural logarithm of the gain
+CONTRAST_JITTER = 0.25  # natural logarithm of the texture's amplitude
+LIGHTING = 0.12  # of blotches of light and shade as large as the frame, relative
+
+# How hard the motions are. Ranges (lowest, highest) are drawn from uniformly; lengths are pixels of the video.
+SPRITES = 2
+SPRITE_SIZE = (56.0, 72.0)  # across, at the widest
+SPRITE_WAVELENGTH = (12.0, 20.0)  # smooth enough for an encoder to match, too long to mismatch
+SPRITE_SATURATION = 0.5  # 0 grey ... 1 full colour
+SPEED = (2.0, 4.0)  # pixels a frame along the path
+RADIUS = (16.0, 24.0)  # of the turning motions' circle
+HEADING_JITTER = 10.0  # degrees either side, straight motions
+SMALLEST_SIDE = 76  # of the frame: a sprite must not meet itself where it wraps around
+
+
 @dataclass(frozen=True)
 class Scenes:
-    """What the data set holds. Ranges (lowest, highest) are drawn from uniformly; lengths are pixels of the video.
+    """What the data set holds.
 
-    ValueError for counts that do not fill the contexts x motions cells equally and for sprites too large to wrap.
+    ValueError for counts that do not fill the contexts x motions cells equally, and for frames too small.
     """
 
     contexts: int = 6  # the first so many of CONTEXTS
@@ -90,24 +109,6 @@ class Scenes:
     width: int = 176
     height: int = 144
     seed: int = 0
-
-    # How hard the contexts are: variation inside a family (standard deviations).
-    scale_jitter: float = 0.25  # octaves of the texture's wavelength
-    palette_jitter: float = 12.0  # of 255, each colour and channel on its own
-    tint_jitter: float = 12.0  # of 255, each channel, the same for the three colours of a scene
-    brightness_jitter: float = 0.15  # natural logarithm of the gain
-    contrast_jitter: float = 0.25  # natural logarithm of the texture's amplitude
-    lighting: float = 0.12  # of blotches of light and shade as large as the frame, relative
-    camera_drift: float = 0.0  # pixels a frame the background slides at most, in any direction; no sprite follows it
-
-    # How hard the motions are.
-    sprites: int = 2
-    sprite_size: tuple[float, float] = (56.0, 72.0)  # across, at the widest
-    sprite_wavelength: tuple[float, float] = (12.0, 20.0)  # smooth enough for an encoder to match, too long to mismatch
-    sprite_saturation: float = 0.5  # 0 grey ... 1 full colour
-    speed: tuple[float, float] = (2.0, 4.0)  # pixels a frame along the path
-    radius: tuple[float, float] = (16.0, 24.0)  # of the turning motions' circle
-    heading_jitter: float = 10.0  # degrees either side, straight motions
 
     def __post_init__(self) -> None:
         for name, value, most in (("contexts", self.contexts, CONTEXTS), ("motions", self.motions, MOTIONS)):
@@ -120,15 +121,10 @@ class Scenes:
                     f"{name} is {value}, but must be a multiple of {self.cells} ({self.contexts} contexts x "
                     f"{self.motions} motions), so that neither tells the other: {enough} would do"
                 )
-        if self.frames < 1 or self.width < 2 or self.height < 2 or self.width % 2 or self.height % 2:
+        if self.frames < 1 or min(self.width, self.height) < SMALLEST_SIDE or self.width % 2 or self.height % 2:
             raise ValueError(
                 f"{self.frames} frames of {self.width} x {self.height}, but there must be at least 1, of even width "
-                "and height (video encoders halve the colour planes)"
-            )
-        if self.sprites < 0 or not 4 <= self.sprite_size[0] <= self.sprite_size[1] <= min(self.width, self.height) - 4:
-            raise ValueError(
-                f"{self.sprites} sprites of size {self.sprite_size}, but sizes must rise from at least 4 to at most "
-                f"{min(self.width, self.height) - 4}, the frame's shorter side less 4: a sprite must not meet itself"
+                f"and height (video encoders halve the colour planes) from {SMALLEST_SIDE} on (sprites must fit)"
             )
 
     @property
@@ -173,11 +169,7 @@ class Scene:
 def render(scene: Scene) -> Image:
     """All frames of a scene, RGB: (T, H, W, 3)."""
     scenes = scene.scenes
-    still = background(scene)  # (H, W, 3)
-    if scenes.camera_drift > 0:
-        frames = np.stack([_pixels(_slide(still, *shift)) for shift in _camera(scene)])
-    else:
-        frames = np.repeat(_pixels(still)[None], scenes.frames, axis=0)
+    frames = np.repeat(_pixels(background(scene))[None], scenes.frames, axis=0)
     path = track(scene)  # (T, N, 2)
     for number, sprite in enumerate(sprites(scene)):
         side = len(sprite)
@@ -202,18 +194,18 @@ def track(scene: Scene) -> NDArray[np.float64]:
     scenes = scene.scenes
     rng = scene.rng(0)
     start = rng.random(2) * (scenes.width, scenes.height)
-    speed = rng.uniform(*scenes.speed)
-    radius = rng.uniform(*scenes.radius)
-    jitter = rng.uniform(-1, 1) * math.radians(scenes.heading_jitter)
+    speed = rng.uniform(*SPEED)
+    radius = rng.uniform(*RADIUS)
+    jitter = rng.uniform(-1, 1) * math.radians(HEADING_JITTER)
     anywhere = rng.uniform(0, 2 * math.pi)
-    spread = rng.uniform(-1, 1, (scenes.sprites, 2)) / (8 * max(scenes.sprites, 1))
+    spread = rng.uniform(-1, 1, (SPRITES, 2)) / (8 * SPRITES)
     heading, sense = MOTIONS[scene.motion]
     first = anywhere if heading is None else math.radians(heading) + jitter
     angle = first + sense * speed / radius * np.arange(scenes.frames - 1)  # (T - 1,)
     steps = speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     shift = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)])  # (T, 2)
     # Sprites stand apart by equal parts of both sides of the frame, less a little of their own: they hardly overlap.
-    apart = (np.arange(scenes.sprites)[:, None] / max(scenes.sprites, 1) + spread) * (scenes.width, scenes.height)
+    apart = (np.arange(SPRITES)[:, None] / SPRITES + spread) * (scenes.width, scenes.height)
     return start + apart + shift[:, None]
 
 
@@ -222,17 +214,17 @@ def background(scene: Scene) -> Floats:
     scenes = scene.scenes
     family = CONTEXTS[scene.context]
     rng = scene.rng(1)
-    wavelength = family.wavelength * 2 ** (scenes.scale_jitter * rng.standard_normal())
-    gain = math.exp(scenes.brightness_jitter * rng.standard_normal())
-    contrast = math.exp(scenes.contrast_jitter * rng.standard_normal())
-    tint = scenes.tint_jitter * rng.standard_normal(3)
-    palette = np.array([family.dark, family.middle, family.light]) + scenes.palette_jitter * rng.standard_normal((3, 3))
+    wavelength = family.wavelength * 2 ** (SCALE_JITTER * rng.standard_normal())
+    gain = math.exp(BRIGHTNESS_JITTER * rng.standard_normal())
+    contrast = math.exp(CONTRAST_JITTER * rng.standard_normal())
+    tint = TINT_JITTER * rng.standard_normal(3)
+    palette = np.array([family.dark, family.middle, family.light]) + PALETTE_JITTER * rng.standard_normal((3, 3))
     noise = contrast * _noise(rng, scenes.height, scenes.width, wavelength)
     # Colours between the three, by the noise's height: dark at -1.5 deviations, light at +1.5.
     colours = np.stack(
         [np.interp(noise, (-1.5, 0, 1.5), palette[:, channel] + tint[channel]) for channel in range(3)], -1
     )
-    light = gain * (1 + scenes.lighting * _noise(rng, scenes.height, scenes.width, scenes.width))
+    light = gain * (1 + LIGHTING * _noise(rng, scenes.height, scenes.width, scenes.width))
     return (colours * light[..., None]).astype(np.float32)
 
 
@@ -242,12 +234,11 @@ def sprites(scene: Scene) -> list[Floats]:
     Two colours in a smooth texture within a wobbly round outline, soft over two pixels: nothing that tells context or
     motion, and no edge straight enough to hide a shift along it.
     """
-    scenes = scene.scenes
     rng = scene.rng(2)
     made = []
-    for _ in range(scenes.sprites):
-        size = rng.uniform(*scenes.sprite_size)
-        wavelength = rng.uniform(*scenes.sprite_wavelength)
+    for _ in range(SPRITES):
+        size = rng.uniform(*SPRITE_SIZE)
+        wavelength = rng.uniform(*SPRITE_WAVELENGTH)
         wobble, turn = rng.uniform(0, 0.08, 2), rng.uniform(0, 2 * math.pi, 2)
         hues = rng.random((2, 3)) * 2 - 1  # two colours around a dark and a light grey
         side = math.ceil(size) + 4
@@ -256,7 +247,7 @@ def sprites(scene: Scene) -> list[Floats]:
         outline = 1 + wobble[0] * np.cos(3 * angle + turn[0]) + wobble[1] * np.cos(5 * angle + turn[1])
         edge = size / 2 / (1 + wobble.sum()) * outline
         cover = np.clip((edge - distance) / 2 + 0.5, 0, 1)[..., None]
-        ends = np.clip(np.array([[50.0], [205.0]]) + 100 * scenes.sprite_saturation * hues, 0, 255)
+        ends = np.clip(np.array([[50.0], [205.0]]) + 100 * SPRITE_SATURATION * hues, 0, 255)
         mix = 0.5 + 0.5 * np.tanh(2 * _noise(rng, side, side, wavelength))[..., None]
         whole = np.concatenate([cover * (ends[0] + mix * (ends[1] - ends[0])), 1 - cover], axis=2)
         made.append(whole.astype(np.float32))
@@ -321,7 +312,6 @@ def _make(scene: Scene, path: Path) -> None:
 def _claim(root: Path, scenes: Scenes) -> None:
     """Leave the settings in the folder, or compare them with those that lie there."""
     wanted = {"rendering": RENDERING, "codec": _codec(), **dataclasses.asdict(scenes)}
-    wanted = json.loads(json.dumps(wanted))
     note = root / SETTINGS_NAME
     if note.exists():
         try:
@@ -358,22 +348,6 @@ def _noise(rng: np.random.Generator, height: int, width: int, wavelength: float)
     frequency[0, 0] = np.inf  # the mean, which is left out
     noise = np.fft.irfft2(spectrum * np.exp(-2 * np.log2(frequency * wavelength) ** 2), s=(height, width))
     return noise / noise.std()
-
-
-def _camera(scene: Scene) -> NDArray[np.float64]:
-    """How far the background has slid, in pixels: (T, 2) as x, y."""
-    rng = scene.rng(3)
-    speed, towards = rng.uniform(0, scene.scenes.camera_drift), rng.uniform(0, 2 * math.pi)
-    return speed * np.arange(scene.scenes.frames)[:, None] * np.array([math.cos(towards), math.sin(towards)])
-
-
-def _slide(image: Floats, x: float, y: float) -> Floats:
-    """An image that tiles the plane, moved by parts of pixels (bilinear) and wrapped: (H, W, 3)."""
-    for axis, distance in ((1, x), (0, y)):
-        whole = math.floor(distance)
-        near, far = np.roll(image, whole, axis), np.roll(image, whole + 1, axis)
-        image = near + np.float32(distance - whole) * (far - near)
-    return image
 
 
 def _pixels(image: Floats) -> Image:

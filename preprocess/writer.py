@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -14,20 +17,28 @@ from typing import BinaryIO
 import h5py
 import numpy as np
 
+from preprocess.check import content_problems
 from preprocess.shards import (
     COPY_BYTES,
+    FLOW_FORMAT,
+    FLOW_VERSION,
     FORMAT,
     SCHEMA,
     VERSION,
     Failure,
     Origin,
     Shard,
+    checksum_path,
     file_sha256,
+    flow_path,
     shard_name,
-    verify,
 )
 
 HEADER_BYTES = 1 << 16  # more than HDF5 needs for the names and places of the datasets
+SPOOLED = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion", "flow": "flow"}
+
+Datasets = dict[str, tuple[str, tuple[int, ...]]]
+"""Type and shape by name, in the order of the file."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Spool:
     """Bytes of the videos of one unfinished shard, appended file by file, so that memory does not grow with length."""
 
     folder: Path
-    names: tuple[str, ...] = field(default=("frames", "iframes", "motion", "flow"), repr=False)
+    names: tuple[str, ...] = field(default=("frames", "iframes", "motion"), repr=False)
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -66,6 +77,34 @@ class Spool:
         for name, size in zip(self.names, sizes, strict=True):
             with open(self.path(name), "ab") as f:
                 f.truncate(size)
+
+
+@contextmanager
+def working(target: Path, names: tuple[str, ...] = Spool.names) -> Iterator[Spool]:
+    """An empty spool for the making of `target`, in a hidden folder beside it, which goes once the target is made.
+
+    Whatever an earlier, killed attempt left there is dropped. Raises RuntimeError where another process makes the same
+    target, and OSError, saying what to do, where the disk does not take it.
+    """
+    folder = target.with_name(f".{target.name}.work")
+    try:
+        folder.mkdir(exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RuntimeError(f"{folder} is worked on by another process: wait for it, or stop it") from error
+            spool = Spool(folder, names)
+            spool.truncate((0,) * len(names))
+            yield spool
+            shutil.rmtree(folder)
+    except OSError as error:
+        # HDF5 hides the system's reason in the middle of its own.
+        number = error.errno or next(iter(map(int, re.findall(r"errno = (\d+)", str(error)))), 0)
+        raise OSError(
+            f"{target} cannot be made: {os.strerror(number) if number else error}. Make room in {target.parent}, or "
+            "mend what this names, and run the same command again: finished shards are kept"
+        ) from error
 
 
 def write_shard(
@@ -97,27 +136,55 @@ def write_shard(
         "rows": rows,
     }
     columns = _columns(videos, failures)
-    spooled = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion", "flow": "flow"}
     shapes = {name: column.shape for name, column in columns.items()} | {
         "frames/jpeg": (int(columns["frames/jpeg_offset"][-1]),),
         "iframes/jpeg": (int(columns["iframes/jpeg_offset"][-1]),),
+        "motion": (int(columns["videos/frame_offset"][-1]), *origin.settings.grid, 2),
     }
-    maps = ("motion", "flow") if origin.settings.flow else ("motion",)
-    shapes |= {name: (int(columns["videos/frame_offset"][-1]), *origin.settings.grid, 2) for name in maps}
-    offsets = _lay_out(partial, attributes, shapes)
+    datasets = {name: (dtype, shapes[name]) for name, (dtype, _) in SCHEMA.items()}
+    _assemble(partial, attributes, datasets, columns, spool)
+    if problems := content_problems(Shard(partial)):
+        raise OSError(f"{partial} was written but does not read back: {problems[0]}")
+    _publish(partial, path)
+    return path
+
+
+def write_flow(shard: Shard, versions: dict[str, str], spool: Spool) -> Path:
+    """Assemble, flush, verify and rename the optical flow of a shard, beside it. Raises as `write_shard`."""
+    path = flow_path(shard.path)
+    partial = spool.folder / path.name
+    attributes: dict[str, str | int] = {
+        "format": FLOW_FORMAT,
+        "version": FLOW_VERSION,
+        "shard_sha256": shard.sha256,
+        "settings_sha256": shard.settings.sha256(),
+        "versions": json.dumps(versions, sort_keys=True),
+    }
+    _assemble(partial, attributes, {"flow": ("int16", shard.motion.shape)}, {}, spool)
+    _publish(partial, path)
+    return path
+
+
+def _assemble(
+    partial: Path, attributes: dict[str, str | int], datasets: Datasets, columns: dict[str, np.ndarray], spool: Spool
+) -> None:
+    """Write a file of these datasets, those of SPOOLED from the spool, and have the disk take it."""
+    offsets = _lay_out(partial, attributes, datasets)
     with open(partial, "rb+") as f:
         for name, offset in offsets.items():
+            dtype, shape = datasets[name]
             f.seek(offset)
-            if name in spooled:
-                _copy(spool.path(spooled[name]), f, math.prod(shapes[name]) * np.dtype(SCHEMA[name][0]).itemsize)
+            if name in SPOOLED:
+                _copy(spool.path(SPOOLED[name]), f, _bytes(dtype, shape))
             else:
-                f.write(columns[name].astype(SCHEMA[name][0]).tobytes())
+                f.write(columns[name].astype(dtype).tobytes())
         f.flush()
         os.fsync(f.fileno())
-    problems = verify(Shard(partial))
-    if problems:
-        raise OSError(f"{partial} was written but does not read back: {problems[0]}")
-    sidecar = spool.folder / (path.name + ".sha256")
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give a finished file its final name and its checksum."""
+    sidecar = checksum_path(partial)
     with open(sidecar, "w") as note:
         note.write(f"{file_sha256(partial)}  {path.name}\n")
         note.flush()
@@ -125,14 +192,13 @@ def write_shard(
     # The checksum goes first, so that a shard under its final name always has its own; a shard made anew leaves
     # before its checksum does.
     path.unlink(missing_ok=True)
-    os.replace(sidecar, folder / sidecar.name)
+    os.replace(sidecar, checksum_path(path))
     os.replace(partial, path)
-    directory = os.open(folder, os.O_RDONLY)
+    directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
-    return path
 
 
 def _columns(videos: list[Video], failures: list[Failure]) -> dict[str, np.ndarray]:
@@ -171,13 +237,17 @@ def _pack(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(encoded), np.uint8), _offsets([np.array([len(t) for t in encoded], np.int64)])
 
 
-def _lay_out(partial: Path, attributes: dict[str, str | int], shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _lay_out(partial: Path, attributes: dict[str, str | int], datasets: Datasets) -> dict[str, int]:
     """Write everything but the datasets' contents; returns where each that has any begins, in bytes.
 
     HDF5 takes the whole process down when a disk fills while it closes a file. So it writes a few kilobytes only, for
     which room was found just before; the contents follow by ordinary means.
     """
-    size = sum(math.prod(shape) * np.dtype(SCHEMA[name][0]).itemsize for name, shape in shapes.items())
+    size = sum(_bytes(dtype, shape) for dtype, shape in datasets.values())
     header = HEADER_BYTES + sum(len(str(v)) for v in attributes.values())
     try:
         with open(partial, "wb") as probe:
@@ -194,10 +264,9 @@ def _lay_out(partial: Path, attributes: dict[str, str | int], shapes: dict[str, 
         for name, value in attributes.items():
             # Fixed-length bytes: variable-length strings would put the value in a heap of its own.
             f.attrs[name] = np.int64(value) if isinstance(value, int) else np.bytes_(value.encode())
-        names = [n for n in SCHEMA if n in shapes]
-        for name in names:
-            f.create_dataset(name, shapes[name], SCHEMA[name][0], track_times=False, dcpl=contents)
-        return {name: f[name].id.get_offset() for name in names if math.prod(shapes[name])}
+        for name, (dtype, shape) in datasets.items():
+            f.create_dataset(name, shape, dtype, track_times=False, dcpl=contents)
+        return {name: f[name].id.get_offset() for name, (_, shape) in datasets.items() if math.prod(shape)}
 
 
 def _copy(source: Path, target: BinaryIO, size: int) -> None:

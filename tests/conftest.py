@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import hypothesis
 import numpy as np
 import pytest
 
@@ -31,6 +32,8 @@ PAN = (3, -2)
 def pytest_configure() -> None:
     # Started in a shell's background, Python ignores Ctrl-C, and so would every process that the tests send it to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    hypothesis.settings.register_profile("unhurried", deadline=None)  # no test rests on how fast a busy machine is
+    hypothesis.settings.load_profile("unhurried")
 
 
 def write_video(

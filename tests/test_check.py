@@ -27,6 +27,11 @@ def assert_found(path: Path, place: int, bit: int) -> None:
     path.write_bytes(whole)
 
 
+def renew_checksum(path: Path) -> None:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
+
+
 @pytest.fixture
 def sound(tmp_path: Path) -> Path:
     path = write(tmp_path, [14, 3], [("a", "b")]).path
@@ -90,7 +95,7 @@ def test_check_survives_any_byte_of_the_metadata(sound: Path) -> None:
     whole = sound.read_bytes()
     for place in range(0, 4096, 41):
         flip(sound, place, place % 8)
-        assert check.shard_problems(sound)
+        assert check.file_problems(sound)
         sound.write_bytes(whole)
 
 
@@ -98,12 +103,12 @@ CONTENT = {
     "rows": (set_item("videos/row", 0, 7), "do not make up"),
     "an I-frame elsewhere": (set_item("iframes/frame", 1, 11), "not exactly every 12"),
     "vectors on an I-frame": (set_item("motion", 12, 3), "I-frame carries motion"),
-    "a frame that is no JPEG": (set_item("frames/jpeg", 0, 0), "frames/jpeg holds bytes"),
-    "an I-frame that is no JPEG": (set_item("iframes/jpeg", -1, 0), "iframes/jpeg holds bytes"),
-    "a frame of another size": (in_header(6, 99), "frame 0 is 99x32"),
+    "a frame that is no JPEG": (set_item("frames/jpeg", 0, 0), "JPEG header of frame 0"),
+    "an I-frame cut short": (set_item("iframes/jpeg", -1, 0), "iframe 2 does not end as a JPEG"),
+    "a frame of another size": (in_header(6, 99), "frame 0 is 99x32 420, not 16x32 420"),
     "a frame whose header is damaged": (in_header(1, 0), "JPEG header of frame 0"),
     "an empty video": (set_item("videos/frame_offset", 1, 17), "no frame"),
-    "an empty picture": (set_item("frames/jpeg_offset", 1, 0), "empty image"),
+    "an empty picture": (set_item("frames/jpeg_offset", 1, 0), "JPEG header of frame 0"),
 }
 
 
@@ -112,7 +117,6 @@ def test_check_finds_wrong_content_under_a_right_checksum(case: str, sound: Path
     mutate, words = CONTENT[case]
     with h5py.File(sound, "r+") as f:
         mutate(f)
-    digest = hashlib.sha256(sound.read_bytes()).hexdigest()
-    sound.with_name(sound.name + ".sha256").write_text(f"{digest}  {sound.name}\n")
+    renew_checksum(sound)
     problems = check.problems(sound.parent)
     assert any(words in p for p in problems) and not any("checksum" in p for p in problems)

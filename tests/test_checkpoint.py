@@ -20,7 +20,7 @@ from train import checkpoint
 def state(size: int = 4, **changes: Any) -> dict[str, Any]:
     model = nn.Linear(size, 2)
     optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    values = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "pending": [torch.ones(3)]}
+    values = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "pending": [{"loss": torch.ones(())}]}
     return values | {"config": "{}", "step": 3, "epoch": 0.5} | changes
 
 
@@ -34,7 +34,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     values = state()
     checkpoint.save(tmp_path / "checkpoint.pt", values)
     back = checkpoint.load(tmp_path / "checkpoint.pt")
-    assert back.pop("format") == "context-motion-checkpoint" and back.pop("version") == 1
+    assert back.pop("format") == "context-motion-checkpoint" and back.pop("version") == 2
     assert back.pop("config") == values.pop("config")
     torch.testing.assert_close(back, values, rtol=0, atol=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.json", "checkpoint.pt"]
@@ -95,7 +95,7 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
 def test_another_version_and_missing_parts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     torch.save({"format": checkpoint.FORMAT, "version": 99} | state(), path)
-    with pytest.raises(ValueError, match="has checkpoint version 99; this program reads 1"):
+    with pytest.raises(ValueError, match="has checkpoint version 99; this program reads 2"):
         checkpoint.load(path)
     incomplete = state(step="three")
     del incomplete["config"]

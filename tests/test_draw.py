@@ -8,17 +8,17 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import pytest
 import simplejpeg
 from conftest import make_shards, panned, write_video
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from matplotlib.image import imread
+from matplotlib.image import AxesImage, imread
+from matplotlib.text import Text
 
 from preprocess import draw, preview
 from preprocess.shards import ShardSet
@@ -56,13 +56,6 @@ def test_wheel_has_the_middlebury_colours() -> None:
 )
 def test_wheel_directions(vector: tuple[float, float], expected: float) -> None:
     assert hue(draw.colour_wheel(vector, 5)) == pytest.approx(expected, abs=2)
-
-
-@given(angles, st.floats(2, 50))
-def test_opposite_directions_have_opposite_hues(angle: float, limit: float) -> None:
-    vector = limit * np.array([np.cos(angle), np.sin(angle)])
-    there, back = draw.colour_wheel(np.stack([vector, -vector]), limit)
-    assert 145 <= (hue(there) - hue(back)) % 360 <= 215
 
 
 @given(angles, st.floats(0, 3), st.floats(0.5, 50))
@@ -134,7 +127,7 @@ def test_intra_blocks_are_hatched() -> None:
     assert (view == 255).all(axis=-1).sum() == 340 * 256 - 256
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40, phases=[Phase.explicit, Phase.generate])
 @given(
     row=st.integers(0, GRID[0] - 1),
     col=st.integers(0, GRID[1] - 2),
@@ -162,15 +155,14 @@ def test_an_arrow_lies_along_its_vector(
     y, x = np.nonzero((picture != frame).any(axis=-1))
     assert len(x)
     away = np.hypot(x[:, None] + 0.5 - line[:, 0], y[:, None] + 0.5 - line[:, 1])  # (pixels, 400)
-    assert away.min(axis=1).max() <= 0.25 * 16 * min(scale_x, scale_y) + 4  # the head's half width, and the rim
-    # Wide only near the tip: the far half of the tail's side holds nothing but the shaft.
-    nearest = away.argmin(axis=1) / 399
-    head = 0.3 * 16 * min(scale_x, scale_y) + 4
-    from_tip = np.hypot(*(tip - tail)) * (1 - nearest)
-    assert away.min(axis=1)[from_tip > head].max(initial=0) <= 4
-    # Every point of the line inside the frame is drawn, and stands out from any background.
-    inside = line[((line >= 0) & (line < size)).all(axis=1)].astype(int)
-    assert (picture[inside[:, 1], inside[:, 0]] != background).any(axis=-1).all()
+    shaft, rim = max(1.2, 0.004 * size[0]), max(1.0, 0.003 * size[0])
+    assert away.min(axis=1).max() <= 2 * shaft + 2 * rim + 3  # the head's half width, the rim, a corner's point
+    # Wide only near the tip: the tail's side holds nothing but the shaft.
+    from_tip = np.hypot(*(tip - tail)) * (1 - away.argmin(axis=1) / 399)
+    assert away.min(axis=1)[from_tip > 4 * shaft + 2 * rim + 3].max(initial=0) <= shaft / 2 + rim + 3
+    # Every point of the line inside the frame is drawn, to the pixel, and stands out from any background.
+    inside = ((line >= 1) & (line < np.subtract(size, 1))).all(axis=1)
+    assert away[:, inside].min(axis=0).max(initial=0) <= 1.5
     assert np.abs(picture.astype(int) - background).max() >= 60
 
 
@@ -182,13 +174,6 @@ def test_still_blocks_and_the_overhang_get_no_arrow() -> None:
     assert (draw.arrows(frame, motion, ENCODED, gain=2.0) == frame).all()
     motion[3, 4] = (0.6, 0)
     assert (draw.arrows(frame, motion, ENCODED) != frame).any()
-
-
-def test_enlarge_repeats_pixels() -> None:
-    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    large = draw.enlarge(image, 3)
-    assert large.shape == (6, 6, 3)
-    assert all((large[y, x] == image[y // 3, x // 3]).all() for y in range(6) for x in range(6))
 
 
 @pytest.fixture(scope="module")
@@ -225,25 +210,20 @@ def test_sheet_shows_a_pan_in_the_hue_of_its_direction(sideways: ShardSet, tmp_p
 def test_sheet_texts_never_touch(sideways: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages: list[Figure] = []
     save = Figure.savefig
-
-    def remember(page: Figure, *args: Any, **options: Any) -> None:
-        pages.append(page)
-        save(page, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
+    monkeypatch.setattr(Figure, "savefig", lambda page, *a, **o: (pages.append(page), save(page, *a, **o)))
     preview.contact_sheet(sideways, [0, 2, 1], tmp_path / "sheet.png")
-    texts = [(t.get_text(), t.get_window_extent()) for t in pages[0].texts]
-    axes = [b for a in pages[0].axes if (b := a.get_tightbbox()) is not None]  # with the numbers along an axis
+    texts = [
+        (t.get_text(), t.get_window_extent()) for t in pages[0].findobj(Text) if t.get_text().strip("−0123456789.")
+    ]  # ticks aside
+    pictures = [image.get_window_extent() for image in pages[0].findobj(AxesImage)]
     for (one, a), (other, b) in combinations(texts, 2):
         assert not a.overlaps(b), f"{one!r} lies on {other!r}"
     for text, box in texts:
         assert pages[0].bbox.x0 <= box.x0 and box.x1 <= pages[0].bbox.x1, f"{text!r} leaves the page"
-        assert not any(box.overlaps(a) for a in axes), f"{text!r} lies on a picture or its axis"
+        assert not any(box.overlaps(p) for p in pictures), f"{text!r} lies on a picture"
     words = [t for t, _ in texts]
-    assert "left/a.mp4" in words and any(
-        w.startswith("left  ·  16 frames (2 I-frames)  ·  25 fps  ·  source 340×256") for w in words
-    )
-    assert any(w.startswith("unlabelled  ·  1 frame (1 I-frame)") for w in words)
+    assert any(w.startswith("left/a.mp4\nleft  ·  16 frames (2 I-frames)  ·  25 fps  ·  source 340×256") for w in words)
+    assert any("\nunlabelled  ·  1 frame (1 I-frame)" in w for w in words)
     assert sum("I-frame, no vectors" in w for w in words) == 3
     assert sum("mean motion" in w for w in words) == 2 * preview.TIMES
 
@@ -291,15 +271,10 @@ def test_clip_has_every_frame(
         frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
     assert len(frames) == 16
     for t, frame in enumerate(frames):
-        red, azure = red_and_azure(frame[80:, frame.shape[1] // 2 + 8 :])  # the colours, without the header
+        red, azure = red_and_azure(frame)  # the legend has both
         assert azure < 5000
-        assert (red > 80_000) if t % 12 else (red < 1000)  # I-frames carry no vectors
+        assert (red > 80_000) if t % 12 else (red < 5000)  # I-frames carry no vectors
     assert [p.name for p in tmp_path.iterdir()] == ["right.mp4"]
-
-
-def test_clip_of_one_frame(sideways: ShardSet, tmp_path: Path) -> None:
-    with av.open(str(preview.animation(sideways, 2, tmp_path / "one.mp4"))) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 1
 
 
 @given(st.floats(0, 1) | st.floats(allow_nan=True))
@@ -393,7 +368,7 @@ def test_a_video_that_failed_is_said_to_have_failed(tmp_path: Path) -> None:
 def test_real_clips_make_a_sheet(real_shards: ShardSet, tmp_path: Path) -> None:
     numbers = [0, len(real_shards) - 1]
     page = imread(preview.contact_sheet(real_shards, numbers, tmp_path / "real.png"))
-    assert page.shape[0] > 2000 and page.shape[1] < 2200
+    assert page.shape[:2] == (2 * preview.HEIGHT, preview.WIDTH)
     for number in numbers:
         view = preview._View.of(real_shards, number)
         assert 1 <= len(view.moments) <= preview.TIMES

@@ -30,8 +30,6 @@ samplings = st.builds(
     gap=st.integers(0, 4),
     period=st.sampled_from(["future", "current"]),
     negatives=st.integers(0, 4),
-    short_videos=st.sampled_from(["fit", "drop"]),
-    avoid_iframes=st.booleans(),
 )
 seeds = st.integers(0, 2**32)
 
@@ -60,20 +58,20 @@ def serves(frames: int, stride: int, s: Sampling) -> bool:
 
 @given(st.integers(1, 120), samplings)
 def test_the_largest_stride_that_serves(frames: int, s: Sampling) -> None:
-    strides = range(1, s.stride + 1) if s.short_videos == "fit" else [s.stride]
-    assert largest_stride(frames, s) == max((stride for stride in strides if serves(frames, stride, s)), default=0)
+    assert largest_stride(frames, s) == max(
+        (stride for stride in range(1, s.stride + 1) if serves(frames, stride, s)), default=0
+    )
 
 
 def test_seventy_one_frames_are_enough_for_the_paper() -> None:
     assert [largest_stride(f, Sampling()) for f in (71, 70, 56, 41, 26, 25)] == [4, 3, 3, 2, 1, 0]
-    assert [largest_stride(f, Sampling(short_videos="drop")) for f in (71, 70, 26)] == [4, 0, 0]
 
 
 @given(st.integers(1, 400), samplings, seeds)
 def test_clip_window_and_negatives_stay_inside_and_apart(frames: int, s: Sampling, seed: int) -> None:
     assume(largest_stride(frames, s))
     rng = np.random.default_rng(seed)
-    start, stride, window = draw_clip(rng, frames, s, every_iframe(frames))
+    start, stride, window = draw_clip(rng, frames, s)
     last = start + (s.frames - 1) * stride
     assert 0 <= start <= last < frames
     assert 0 <= window <= frames - s.motion_frames
@@ -81,7 +79,7 @@ def test_clip_window_and_negatives_stay_inside_and_apart(frames: int, s: Samplin
         assert window - last - 1 == s.gap
     elif last - start + 1 >= s.motion_frames:
         assert 0 <= (start + last) - (window + window + s.motion_frames - 1) <= 1  # centres, doubled
-    negatives = draw_negatives(rng, frames, window, s, every_iframe(frames))
+    negatives = draw_negatives(rng, frames, window, s)
     assert len(negatives) == s.negatives
     positive = set(range(window, window + s.motion_frames))
     for n in negatives:
@@ -102,29 +100,6 @@ def test_every_start_and_distinct_negatives_are_drawn() -> None:
         draw_negatives(rng, 15, 4, Sampling())
     with pytest.raises(ValueError, match=r"25 frames cannot serve.*need 26"):
         draw_clip(rng, 25, Sampling())
-
-
-@given(st.integers(84, 400), st.integers(12, 40), st.integers(0, 39), seeds)
-def test_windows_keep_clear_of_iframes_where_asked(frames: int, gop: int, first: int, seed: int) -> None:
-    rng, s = np.random.default_rng(seed), Sampling(avoid_iframes=True)
-    iframes = np.arange(first % gop, frames, gop)
-    _, _, window = draw_clip(rng, frames, s, iframes)
-    for w in (window, *draw_negatives(rng, frames, window, s, iframes)):
-        assert set(range(w, w + 8)).isdisjoint(iframes.tolist())
-
-
-def test_the_fewest_iframes_where_none_is_impossible() -> None:
-    rng = np.random.default_rng(0)
-    s = Sampling(frames=2, stride=1, motion_frames=6, gap=0, negatives=1, avoid_iframes=True)
-    # Six frames hold two multiples of four where the first is 0 or 3 beyond one, else one. Windows start at 2 to 13.
-    windows = {draw_clip(rng, 19, s, every_iframe(19, 4))[2] for _ in range(200)}
-    assert windows == {2, 5, 6, 9, 10, 13}
-    negatives = {draw_negatives(rng, 19, 13, s, every_iframe(19, 4))[0] for _ in range(200)}
-    assert negatives == {1, 2, 5, 6}
-    two = Sampling(frames=1, motion_frames=2, negatives=1, avoid_iframes=True)
-    assert {draw_negatives(rng, 6, 2, two, np.array([4]))[0] for _ in range(50)} == {0}  # not 4, the other free start
-    with pytest.raises(ValueError, match="pass iframes"):
-        draw_clip(rng, 60, s)
 
 
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(0, 10), seeds, st.data())
@@ -207,7 +182,6 @@ def test_wrong_settings_are_refused() -> None:
         lambda: Sampling(frames=0),
         lambda: Sampling(gap=-1),
         lambda: Sampling(period="past"),  # type: ignore[arg-type]
-        lambda: Sampling(short_videos="skip"),  # type: ignore[arg-type]
         lambda: Cropping(area=(0.5, 1.2)),
         lambda: Cropping(aspect=(2, 1)),
         lambda: Cropping(flip=2),

@@ -1,59 +1,84 @@
-"""Optical flow: its direction and unit, how it is averaged, stored, checked and read, and what it costs to lack it."""
+"""Optical flow: its direction and unit, how it is averaged, written beside a shard, checked and read."""
 
 from __future__ import annotations
 
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
-import av
 import h5py
 import numpy as np
 import pytest
-from conftest import make_shards, panned, write_video
+from conftest import ROOT, make_shards, panned, write_video
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
-from test_check import assert_found
-from test_shards import TINY, set_item, write
+from test_check import assert_found, renew_checksum
+from test_shards import attribute, delete, set_item, write
+from test_shards import replace as store_again
 
-from preprocess import check, encode, flow, pipeline
+from preprocess import check, encode, extract, flow, pipeline
 from preprocess.shards import INTRA, Settings, Shard, ShardSet
 from train.data import ClipSet, FinetuneSet, PretrainSet
 from train.draws import Cropping, Photometric, Sampling
 
-SMALL = Settings(
-    width=120, height=88, frame_width=48, frame_height=32, gop=3, flow=True
-)  # a grid of 6 x 8, half outside
+SMALL = Settings(width=120, height=88, frame_width=48, frame_height=32, gop=3)  # a grid of 6 x 8, half outside
 PAN = (3, -2)
-LENGTHS = (5, 2)
-NOISE = replace(TINY, flow=True)
+LENGTHS = (5, 2, 3)
+NAMES = ["0.mp4", "1.mp4", "2.mp4"]
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two videos of a texture that moves by PAN pixels a frame."""
+    """A folder of three videos of a texture that moves by PAN pixels a frame."""
     folder = tmp_path_factory.mktemp("videos")
-    for seed, length in enumerate(LENGTHS):
-        write_video(folder / f"{seed}.mp4", panned(length, PAN, 88, 120, seed))
+    for name, length in zip(NAMES, LENGTHS):
+        write_video(folder / name, panned(length, PAN, 88, 120, length))
     return folder
 
 
 @pytest.fixture(scope="module")
-def shards(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    folder = tmp_path_factory.mktemp("one")
-    return make_shards(folder, videos, ["0.mp4", "1.mp4"], settings=SMALL, videos_per_shard=1)
+def without(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two shards without flow."""
+    folder = tmp_path_factory.mktemp("without")
+    return make_shards(folder, videos, NAMES, settings=SMALL, videos_per_shard=2).folder
+
+
+@pytest.fixture(scope="module")
+def flowing(without: Path, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with flow."""
+    folder = tmp_path_factory.mktemp("flowing") / "shards"
+    shutil.copytree(without, folder)
+    assert flow.run(folder, videos) == (2, 0)
+    return folder
+
+
+@pytest.fixture
+def copy(flowing: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(flowing, tmp_path / "shards"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # ---- what is computed
 
 
-def test_a_panned_texture_flows_as_it_was_panned(shards: ShardSet) -> None:
-    for shard, length in zip(shards.shards, LENGTHS):
-        assert shard.flow.shape == shard.motion.shape == (length, 6, 8, 2) and shard.flow.dtype == np.int16
-        assert (shard.flow[0] == INTRA).all()  # and that of the I-frame at 3 is as any other:
-        interior = shard.flow[1:, 1:-1, 1:-1] - np.multiply(4, PAN)
-        assert np.abs(interior).max() <= 1, "quarter pixels"
+def test_a_panned_texture_flows_as_it_was_panned(flowing: Path) -> None:
+    found = ShardSet(flowing)
+    for video, length in enumerate(LENGTHS):
+        shard, k = found.locate(video)
+        maps = shard.flow[slice(*shard.frame_offset[k : k + 2])]
+        assert maps.shape == (length, 6, 8, 2) and maps.dtype == np.int16 and not maps.flags.writeable
+        assert (maps[0] == INTRA).all()  # and that of the I-frame at 3 is as any other:
+        assert np.abs(maps[1:, 1:-1, 1:-1] - np.multiply(4, PAN)).max() <= 1, "quarter pixels"
 
 
 def sampled(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
@@ -62,13 +87,12 @@ def sampled(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     return map_coordinates(picture, (y - dy, x - dx), order=1, mode="nearest")
 
 
-def test_warping_by_the_flow_explains_the_next_frame_of_a_real_clip(real_clips: list[Path], tmp_path: Path) -> None:
-    settings = Settings(width=176, height=144, flow=True)
+def test_warping_by_the_flow_explains_the_next_frame_of_a_real_clip(real_clips: list[Path]) -> None:
+    settings = Settings(width=176, height=144)
     clip = next(c for c in real_clips if c.name.startswith("v_SoccerJuggling"))
-    encode.encode(str(clip), str(tmp_path / "encoded.nut"), settings)
-    with av.open(str(tmp_path / "encoded.nut")) as container:
-        pictures = [flow.luma(f) for f, _ in zip(container.decode(video=0), range(4))]
-    maps = [m for m, _ in zip(flow.maps(str(tmp_path / "encoded.nut"), settings), range(4))]
+    packets = encode.packets(str(clip), settings, encode.Source())
+    frames = [picture for (picture, _), _ in zip(extract.decoded(packets), range(4))]
+    pictures, maps = [flow.luma(f) for f in frames], list(flow.maps(frames, settings))
     for before, now, cells in zip(pictures, pictures[1:], maps[1:]):
         still = np.abs(now - before).mean()
         dx, dy = np.moveaxis(flow.displacement(before, now), -1, 0)
@@ -100,89 +124,125 @@ def test_flat_and_tiny_pictures_do_not_move(height: int, width: int) -> None:
     assert (flow.displacement(flat, flat) == 0).all()
 
 
-# ---- what is stored
+# ---- what is written
 
 
-def test_the_same_bytes_whatever_workers_and_the_rest_as_without_flow(
-    shards: ShardSet, videos: Path, tmp_path: Path
+def test_flow_lies_beside_its_shard_in_the_same_bytes_whatever_the_workers(
+    without: Path, flowing: Path, videos: Path, tmp_path: Path
 ) -> None:
-    options = {"videos_per_shard": 1}
-    two = make_shards(tmp_path / "two", videos, ["0.mp4", "1.mp4"], settings=SMALL, workers=2, **options)
-    plain = make_shards(tmp_path / "plain", videos, ["0.mp4", "1.mp4"], settings=replace(SMALL, flow=False), **options)
-    for one, other, without in zip(shards.shards, two.shards, plain.shards):
-        assert one.path.read_bytes() == other.path.read_bytes()
-        for name in ("frames/jpeg", "iframes/jpeg", "motion"):
-            np.testing.assert_array_equal(one[name], without[name])
-        with h5py.File(without.path) as f:
-            assert "flow" not in f and "flow" not in f.attrs["settings"].decode()
-    assert check.problems(shards.folder) == []
-    assert "with optical flow" in check.describe(shards.folder) and "flow" not in check.describe(plain.folder)
-    assert {"scikit-image", "scipy"} == set(shards.origin.versions) - set(plain.origin.versions)
-    with pytest.raises(ValueError, match=r"made by another run .*settings\.flow: True there, False here"):
-        make_shards(shards.folder.parent, videos, ["0.mp4", "1.mp4"], settings=replace(SMALL, flow=False), **options)
-    with pytest.raises(ValueError, match=r"shard-00000\.h5 holds no optical flow: run stage 1 with --flow"):
-        _ = plain.shards[0].flow
+    shutil.copytree(without, tmp_path / "two")
+    assert flow.run(tmp_path / "two", videos, workers=2) == (2, 0)
+    added = {f"shard-0000{n}.flow.h5{end}" for n in (0, 1) for end in ("", ".sha256")}
+    before, after = files(without), files(flowing)
+    assert files(tmp_path / "two") == after and set(after) - set(before) == added
+    assert all(after[name] == data for name, data in before.items())
+    assert check.problems(flowing) == []
+    assert "optical flow of 2 shards" in check.describe(flowing)
+    assert "optical flow of 0 shards" in check.describe(without)
+    with h5py.File(flowing / "shard-00000.flow.h5") as f:
+        assert f["flow"].chunks is None and f["flow"].dtype == "<i2"
+        assert set(json.loads(f.attrs["versions"])) == {"av", "numpy", "scikit-image", "scipy", "machine"}
 
 
-def test_flow_without_its_extra_says_how_to_get_it(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version = pipeline.version
-
-    def absent(name: str) -> str:
-        if name == "scikit-image":
-            raise PackageNotFoundError(name)
-        return version(name)
-
-    monkeypatch.setattr(pipeline, "version", absent)
-    with pytest.raises(ValueError, match=r"--flow needs scikit-image: pip install '\.\[preprocess,flow\]'"):
-        make_shards(tmp_path, videos, ["1.mp4"], settings=SMALL)
-    assert not (tmp_path / "shards").exists()
-    make_shards(tmp_path, videos, ["1.mp4"], settings=replace(SMALL, flow=False))
-
-
-def test_check_finds_a_flipped_bit_of_the_flow(tmp_path: Path) -> None:
-    written = write(tmp_path, [14, 3], options=NOISE)
-    shard = Shard(written.path)
-    np.testing.assert_array_equal(shard.flow, np.concatenate(written.flow))
-    assert check.problems(tmp_path) == []
-    with h5py.File(written.path) as f:
-        start, size = f["flow"].id.get_offset(), f["flow"].nbytes
-    for place, bit in (start, 0), (start + size // 2, 5), (start + size - 1, 7):
-        assert_found(written.path, place, bit)
-
-
-def missing(f: h5py.File) -> None:
-    del f["flow"]
-
-
-def other_shape(f: h5py.File) -> None:
-    flow = f["flow"][:-1]
-    del f["flow"]
-    f["flow"] = flow
+def test_what_is_missing_is_made_again_and_only_that(copy: Path, videos: Path) -> None:
+    """Through the command, stopped by a disk that is full."""
+    expected = files(copy)
+    for path in copy.glob("shard-00001.flow.h5*"):
+        path.unlink()
+    command = [sys.executable, "-m", "preprocess", "flow", str(copy), "--videos", str(videos)]
+    options = {"cwd": ROOT, "capture_output": True, "text": True}
+    stopped = subprocess.run(
+        command, **options, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    )
+    assert stopped.returncode == 1 and "shard-00001.flow.h5 cannot be made: File too large" in stopped.stderr
+    assert not (copy / "shard-00001.flow.h5").exists()
+    before = (copy / "shard-00000.flow.h5").stat().st_mtime_ns
+    done = subprocess.run(command, **options)
+    assert (done.returncode, done.stdout) == (0, "optical flow of 1 shards made, of 1 already there\n"), done.stderr
+    assert files(copy) == expected and (copy / "shard-00000.flow.h5").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (missing, "flow is missing"),
-        (other_shape, "flow has shape"),
-        (set_item("flow", 14, 0), "first frame carries optical flow"),
-        (set_item("flow", 12, INTRA), "later frame of a video lacks"),
+        (
+            lambda v: os.replace(v / "0.mp4", v / "1.mp4"),
+            r"0\.mp4 for .*00000\.h5: \[Errno 2\] No such.*as --videos",
+        ),
+        (lambda v: shutil.copy(v / "0.mp4", v / "1.mp4"), r"1\.mp4 .*: it has 5 frames, and the shard holds 2"),
     ],
 )
-def test_wrong_flow_is_found_under_a_right_checksum(change, words: str, tmp_path: Path) -> None:
-    path = write(tmp_path, [14, 3], options=NOISE).path
+def test_other_videos_than_the_shards_hold_are_refused(
+    change, words: str, without: Path, videos: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(videos, tmp_path / "videos"))
+    shards = Path(shutil.copytree(without, tmp_path / "shards"))
+    change(folder)
+    with pytest.raises(ValueError, match=words):
+        flow.run(shards, folder)
+    assert not (shards / "shard-00000.flow.h5").exists()
+
+
+def test_flow_without_its_extra_says_how_to_get_it(
+    without: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(pipeline, "version", absent)
+    with pytest.raises(ValueError, match=r"optical flow needs scikit-image: pip install '\.\[preprocess,flow\]'"):
+        flow.run(without, videos)
+
+
+def test_a_time_limit_is_positive(without: Path, videos: Path) -> None:
+    with pytest.raises(ValueError, match="--time-limit is 0"):
+        flow.run(without, videos, time_limit=0)
+
+
+# ---- what is found wrong
+
+
+def test_check_finds_a_flipped_bit_of_the_flow(copy: Path) -> None:
+    path = copy / "shard-00000.flow.h5"
+    with h5py.File(path) as f:
+        start, size = f["flow"].id.get_offset(), f["flow"].nbytes
+    for place, bit in (start, 0), (start + size // 2, 5), (start + size - 1, 7), (100, 3):
+        assert_found(path, place, bit)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (delete("flow"), "flow is missing"),
+        (store_again("flow", change=lambda x: x[:-1]), "flow has shape"),
+        (store_again("flow", chunks=True), "not stored contiguously"),
+        (attribute("format", b"photos"), "not a context-motion-flow"),
+        (attribute("version", np.int64(2)), "format version 2"),
+        (attribute("shard_sha256", b"0" * 64), "the flow of another shard"),
+        (set_item("flow", 5, 0), "first frame carries optical flow"),
+        (set_item("flow", 3, INTRA), "later frame of a video lacks"),
+    ],
+)
+def test_wrong_flow_is_found_under_a_right_checksum(change, words: str, copy: Path, videos: Path) -> None:
+    path = copy / "shard-00000.flow.h5"
     with h5py.File(path, "r+") as f:
         change(f)
-    assert any(words in problem for problem in check.shard_problems(path))
+    renew_checksum(path)
+    (problem,) = check.problems(copy)
+    assert str(path) in problem and words in problem
+    if "frame" not in words:
+        with pytest.raises(ValueError, match=words):
+            flow.run(copy, videos)
 
 
 # ---- what is read
 
 
 def test_data_sets_read_the_flow_where_they_are_told_to(tmp_path: Path) -> None:
-    write(tmp_path, [40, 40], options=NOISE)
+    written = write(tmp_path, [40, 40])
+    with h5py.File(tmp_path / "shard-00000.flow.h5", "w") as f:
+        f["flow"] = np.random.default_rng(0).integers(-60, 60, (80, 3, 4, 2), np.int16)
+        f.attrs.update(format=b"context-motion-flow", version=1, shard_sha256=Shard(written.path).sha256.encode())
     shards = ShardSet(tmp_path)
     shard = shards.shards[0]
     vectors = Sampling(frames=4, stride=2, motion_frames=3, negatives=2)
@@ -203,7 +263,10 @@ def test_shards_without_flow_are_refused_where_flow_is_wanted(tmp_path: Path) ->
     write(tmp_path, [40, 40])
     shards, sampling = ShardSet(tmp_path), Sampling(frames=4, motion="flow")
     shards.label[:] = 0
-    words = f"{tmp_path} holds no optical flow: run stage 1 with --flow into another folder, or choose motion=vectors"
+    words = (
+        rf"motion is flow, but shard-00000\.flow\.h5 is missing from {tmp_path}: make it with "
+        rf"python -m preprocess flow {tmp_path} --videos FOLDER, or choose motion=vectors"
+    )
     with pytest.raises(ValueError, match=words):
         PretrainSet(shards, None, sampling, Cropping(), Photometric())
     with pytest.raises(ValueError, match=words):

@@ -23,13 +23,14 @@ def peak(process):
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-peaks, stop = {}, codec.Codec.stop
+peaks, close = {}, codec.Codec.close
 
-def note_and_stop(self):
-    peaks["codec"] = peak(self._child.pid)
-    stop(self)
+def note_and_close(self):
+    if self._child and not self._closed:
+        peaks["codec"] = peak(self._child.pid)
+    close(self)
 
-codec.Codec.stop = note_and_stop
+codec.Codec.close = note_and_close
 folder, settings = Path(sys.argv[1]), Settings(jpeg_quality=100)
 assert not pipeline.run(folder / "manifest.csv", folder, folder / "shards", settings).failures
 peaks["worker"] = peak("self")

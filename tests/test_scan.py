@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from preprocess.manifest import VIDEO_EXTENSIONS, KineticsScan, Manifest, scan, scan_kinetics
+from data_manifests import kinetics
+from preprocess.manifest import VIDEO_EXTENSIONS, Manifest, scan
 
 ROOT = Path(__file__).parent.parent
 OFFICIAL = ROOT.parent / "shared" / "data" / "splits"
@@ -101,13 +104,13 @@ def test_scan_refuses_what_no_manifest_may_hold(tmp_path: Path) -> None:
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
 
 
-def kinetics(folder: Path, *lines: str, header: str = HEADER, name: str = "val.csv") -> Path:
+def annotated(folder: Path, *lines: str, header: str = HEADER, name: str = "val.csv") -> Path:
     (folder / name).write_text("\n".join((header, *lines, "")))
     return folder / name
 
 
 def test_kinetics_names_times_and_folders(tmp_path: Path) -> None:
-    annotations = kinetics(
+    annotations = annotated(
         tmp_path,
         "air drumming,aaaaaaaaaaa,36,46,val,0",  # on disk by id, in a folder with underscores
         '"tying knot (not on a tie)",-b_b-b_b_00,417,427,val,1',  # by id and times; the id itself looks like times
@@ -135,7 +138,7 @@ def test_kinetics_names_times_and_folders(tmp_path: Path) -> None:
         "zumba/zzzzzzzzzzz.mp4",
         "zumba/ccccccccccc.txt",
     )
-    found = scan_kinetics(folder, annotations)
+    found = kinetics.scan(folder, annotations)
     assert triples(found.manifest) == [
         ("Zumba/fffffffffff.mp4", "zumba", "val"),
         ("abseiling/hhhhhhhhhhh_7_17.avi", "zumba", "val"),
@@ -161,14 +164,32 @@ def test_kinetics_names_times_and_folders(tmp_path: Path) -> None:
 
 
 def test_kinetics_lists_join_and_copies_are_told(tmp_path: Path) -> None:
-    train = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,train,0", "zumba,aaaaaaaaaaa,1,11,train,0", name="train.csv")
-    val = kinetics(tmp_path, "yoga,bbbbbbbbbbb,2,12,validate", header=HEADER.removesuffix(",is_cc"))
+    train = annotated(tmp_path, "zumba,aaaaaaaaaaa,1,11,train,0", "zumba,aaaaaaaaaaa,1,11,train,0", name="train.csv")
+    val = annotated(tmp_path, "yoga,bbbbbbbbbbb,2,12,validate", header=HEADER.removesuffix(",is_cc"))
     names = ["a/aaaaaaaaaaa.mp4", "b/aaaaaaaaaaa_000001_000011.mp4", "c/aaaaaaaaaaa_000001_000011.mp4"]
     folder = tree(tmp_path / "videos", *names, "bbbbbbbbbbb.mp4")
-    found = scan_kinetics(folder, train, val)
-    assert isinstance(found, KineticsScan)
+    found = kinetics.scan(folder, train, val)
     assert triples(found.manifest) == [(names[1], "zumba", "train"), ("bbbbbbbbbbb.mp4", "yoga", "val")]
     assert (found.missing, found.unannotated, found.copies) == ([], [], [names[0], names[2]])
+
+
+def test_the_script_writes_the_manifest_and_what_is_missing(tmp_path: Path) -> None:
+    lists = [
+        annotated(tmp_path, "zumba,aaaaaaaaaaa,1,11,train,0", "yoga,ccccccccccc,1,11,train,0", name="train.csv"),
+        annotated(tmp_path, "yoga,bbbbbbbbbbb,2,12,validate,0"),
+    ]
+    folder = tree(tmp_path / "videos", "aaaaaaaaaaa.mp4", "bbbbbbbbbbb.mp4", "other.mp4")
+    out = tmp_path / "k400.csv"
+    command = [sys.executable, str(ROOT / "data_manifests" / "kinetics.py"), str(folder), *map(str, lists)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == "path,label,subset\naaaaaaaaaaa.mp4,zumba,train\nbbbbbbbbbbb.mp4,yoga,val\n"
+    assert (tmp_path / "k400.missing.txt").read_text() == "yoga/ccccccccccc_000001_000011\n"
+    assert "2 videos in" in done.stdout and "1 annotated videos are missing" in done.stdout
+    lists[0].write_text("")
+    wrong = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, env=environment)
+    assert wrong.returncode == 1 and "line 1: column 'label' is missing" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -188,9 +209,9 @@ def test_kinetics_lists_join_and_copies_are_told(tmp_path: Path) -> None:
     ],
 )
 def test_kinetics_bad_annotations_are_refused_by_line(tmp_path: Path, line: str, parts: tuple[str, ...]) -> None:
-    annotations = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,val,0", line)
+    annotations = annotated(tmp_path, "zumba,aaaaaaaaaaa,1,11,val,0", line)
     with pytest.raises(ValueError) as caught:
-        scan_kinetics(tree(tmp_path / "videos", "aaaaaaaaaaa.mp4"), annotations)
+        kinetics.scan(tree(tmp_path / "videos", "aaaaaaaaaaa.mp4"), annotations)
     assert str(caught.value).startswith(f"{annotations}, line 3: ")
     for part in parts:
         assert part in str(caught.value)
@@ -198,15 +219,15 @@ def test_kinetics_bad_annotations_are_refused_by_line(tmp_path: Path, line: str,
 
 def test_kinetics_refuses_what_matches_nothing(tmp_path: Path) -> None:
     folder = tree(tmp_path / "videos", "one.mp4", "two.mp4")
-    annotations = kinetics(tmp_path, "zumba,aaaaaaaaaaa,1,11,val,0")
+    annotations = annotated(tmp_path, "zumba,aaaaaaaaaaa,1,11,val,0")
     with pytest.raises(ValueError, match=r"none of its 2 videos .* the 1 annotated .*aaaaaaaaaaa_000001_000011\.mp4"):
-        scan_kinetics(folder, annotations)
+        kinetics.scan(folder, annotations)
     with pytest.raises(ValueError, match="no annotation list"):
-        scan_kinetics(folder)
+        kinetics.scan(folder)
     with pytest.raises(ValueError, match="no rows below the header"):
-        scan_kinetics(folder, kinetics(tmp_path))
+        kinetics.scan(folder, annotated(tmp_path))
     with pytest.raises(ValueError, match="line 1: column 'label' is missing"):
-        scan_kinetics(folder, kinetics(tmp_path, "aaaaaaaaaaa,1,11", header="youtube_id,time_start,time_end"))
+        kinetics.scan(folder, annotated(tmp_path, "aaaaaaaaaaa,1,11", header="youtube_id,time_start,time_end"))
 
 
 @needs_official_lists
@@ -219,7 +240,7 @@ def test_kinetics_official_validation_list(tmp_path: Path) -> None:
         tmp_path,
         *(f"{r['label']}/{r['youtube_id']}_{int(r['time_start']):06d}_{int(r['time_end']):06d}.mp4" for r in kept),
     )
-    found = scan_kinetics(folder, annotations)
+    found = kinetics.scan(folder, annotations)
     assert Counter(found.manifest.labels) == Counter(row["label"] for row in kept)
     assert all(path.split("/")[0] == label for path, label in zip(found.manifest.paths, found.manifest.labels))
     assert len(found.missing) == 19906 - len(kept)

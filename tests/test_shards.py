@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess import check
-from preprocess.shards import INTRA, Failure, Origin, Settings, Shard, ShardSet, verify
+from preprocess.shards import INTRA, Failure, Origin, Settings, Shard, ShardSet
 from preprocess.writer import Spool, Video, write_shard
 
 TINY = Settings(width=64, height=34, frame_width=32, frame_height=16)  # a grid of 3 x 4, which overhangs the height
@@ -63,7 +63,6 @@ class Written(NamedTuple):
     jpegs: list[list[bytes]]
     iframes: list[list[bytes]]
     motion: list[np.ndarray]
-    flow: list[np.ndarray]
 
 
 def write(
@@ -83,16 +82,14 @@ def write(
     work.mkdir(parents=True)
     spool = Spool(work)
     spool.truncate((0,) * len(spool.names))
-    written = Written(folder / f"shard-{number:05d}.h5", [], [], [], [], [], [])
+    written = Written(folder / f"shard-{number:05d}.h5", [], [], [], [], [])
     for k, length in enumerate(lengths):
         pictures = [jpeg(rng, options.frame_height, options.frame_width) for _ in range(length)]
         intra = [jpeg(rng, options.height, options.width) for _ in range(0, length, options.gop)]
         motion = rng.integers(-60, 60, (length, ROWS, COLS, 2), np.int16)
         motion[:: options.gop] = INTRA
-        flow = rng.integers(-60, 60, (length, ROWS, COLS, 2), np.int16) if options.flow else motion[:0]
-        flow[:1] = INTRA
-        jpegs = ("frames", b"".join(pictures)), ("iframes", b"".join(intra))
-        for name, data in *jpegs, ("motion", motion.tobytes()), ("flow", flow.tobytes()):
+        stored = {"frames": b"".join(pictures), "iframes": b"".join(intra), "motion": motion.tobytes()}
+        for name, data in stored.items():
             with open(spool.path(name), "ab") as f:
                 f.write(data)
         video = Video(
@@ -106,7 +103,7 @@ def write(
             iframe_frame=np.arange(0, length, options.gop),
             decode_errors=k,
         )
-        for column, value in zip(written[1:], (video, None, pictures, intra, motion, flow)):
+        for column, value in zip(written[1:], (video, None, pictures, intra, motion)):
             if value is not None:
                 column.append(value)
     written.failures.extend(Failure(first_row + len(lengths) + k, *f) for k, f in enumerate(failed or []))
@@ -150,7 +147,7 @@ def test_round_trip(
 ) -> None:
     written = write(tmp_path_factory.mktemp("shard"), lengths, failed)
     shard = Shard(written.path)
-    assert verify(shard) == []
+    assert check.content_problems(shard) == []
     assert_holds(shard, written)
     assert shard.settings == TINY and shard.classes == ["climb", "golf"] and shard.manifest_sha256 == "0" * 64
 
@@ -252,8 +249,8 @@ def delete(name: str) -> Callable[[h5py.File], None]:
 
 
 FOREIGN = {
-    "another format": (attribute("format", b"photos"), "not a shard"),
-    "no format": (attribute("format", None), "not a shard"),
+    "another format": (attribute("format", b"photos"), "not a context-motion-shard"),
+    "no format": (attribute("format", None), "not a context-motion-shard"),
     "an older version": (attribute("version", np.int64(0)), "format version 0, this program reads 1"),
     "a newer version": (attribute("version", np.int64(2)), "format version 2"),
     "no settings": (attribute("settings", None), "settings"),
@@ -341,7 +338,7 @@ def test_zero_length_datasets_are_read_without_mapping(tmp_path: Path) -> None:
     written = write(tmp_path / "failures", [], [("a.avi", "why"), ("b.avi", "not")])
     shard = Shard(written.path)
     assert len(shard) == 0 and shard.failed == written.failures and shard.motion.shape == (0, ROWS, COLS, 2)
-    assert verify(shard) == [] and shard["frames/jpeg"].size == 0
+    assert check.content_problems(shard) == [] and shard["frames/jpeg"].size == 0
     assert Shard(write(tmp_path / "videos", [3]).path).failed == []
     both = ShardSet(tmp_path / "failures")
     assert len(both) == 0 and both.paths == [] and both.frames.tolist() == [] and len(both.failed) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 import simplejpeg
 from conftest import make_shards, panned, write_video
 from mvextractor.videocap import VideoCap
+from PIL import Image
 
 from preprocess import codec, encode, extract
 from preprocess.shards import INTRA, Settings, ShardSet
@@ -25,8 +27,27 @@ CLIPS = ("RATRACE", "TrumanShow", "Golf_Tips", "v_SoccerJuggling", "WUzgd7C1pWA"
 COMPARED_FRAMES = 60
 
 
+def alive() -> None:
+    """Nobody asks."""
+
+
+def encoded(source: Path, settings: Settings) -> list[av.Packet]:
+    return list(encode.packets(str(source), settings, encode.Source()))
+
+
+def stream_of(packets: list[av.Packet], path: Path, settings: Settings) -> Path:
+    """The packets as a file that other readers take."""
+    with av.open(str(path), "w", format="m4v") as output:
+        stream = output.add_stream("mpeg4", rate=25)
+        stream.width, stream.height = settings.width, settings.height
+        for packet in packets:
+            packet.stream = stream
+            output.mux(packet)
+    return path
+
+
 def side_data(stream: Path) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Frame type and motion vectors as PyAV exports them, frame by frame."""
+    """Frame type and motion vectors as PyAV exports them from a file, frame by frame."""
     with av.open(str(stream)) as container:
         container.streams.video[0].codec_context.options = {"flags2": "+export_mvs"}
         for frame in container.decode(video=0):
@@ -45,20 +66,20 @@ def naive_grid(vectors: np.ndarray, rows: int, cols: int) -> np.ndarray:
     return cells
 
 
-def motion(stream: Path, settings: Settings) -> np.ndarray:
+def motion(packets: list[av.Packet], settings: Settings) -> np.ndarray:
     """The grids of all frames, as stage 1 makes them: (T, rows, cols, 2)."""
-    return np.concatenate([group.motion for group in extract.groups(str(stream), settings)])
+    return np.concatenate([group.motion for group in extract.groups(packets, settings)])
 
 
 def compare_motion(source: Path, folder: Path, settings: Settings) -> int:
     """Hold stage 1 against mvextractor, and that against PyAV's own array; returns how many vectors were compared."""
-    stream = folder / "encoded.nut"
-    encoded = encode.encode(str(source), str(stream), settings)
+    packets = encoded(source, settings)
+    grids = motion(packets, settings)
+    assert len(grids) == len(packets) and grids.dtype == np.int16
+    stream = stream_of(packets, folder / "encoded.m4v", settings)
     capture = VideoCap()
     capture.set_decode_frames(False)
     assert capture.open(str(stream))
-    grids = motion(stream, settings)
-    assert len(grids) == encoded.frames and grids.dtype == np.int16
     compared = frames = 0
     for kind, expected in islice(side_data(stream), COMPARED_FRAMES):
         ok, _, raw, raw_kind = capture.read()
@@ -70,7 +91,7 @@ def compare_motion(source: Path, folder: Path, settings: Settings) -> int:
         np.testing.assert_array_equal(grids[frames], naive_grid(raw, *settings.grid))
         compared += len(raw)
         frames += 1
-    assert frames == min(COMPARED_FRAMES, encoded.frames)
+    assert frames == min(COMPARED_FRAMES, len(packets))
     return compared
 
 
@@ -109,9 +130,8 @@ def test_white_noise_does_not_yield_its_motion(tmp_path: Path) -> None:
     for name, texture in textures.items():
         frames = np.stack([np.roll(texture, (-2 * t, 3 * t), (0, 1)) for t in range(12)])
         write_video(tmp_path / f"{name}.mkv", frames, "ffv1", {"level": "3"})
-        stream = tmp_path / "encoded.nut"
-        encode.encode(str(tmp_path / f"{name}.mkv"), str(stream), SMALL)
-        interior = np.delete(motion(stream, SMALL), np.s_[::12], axis=0)[:, 1:-1, 1:-1]  # P-frames
+        packets = encoded(tmp_path / f"{name}.mkv", SMALL)
+        interior = np.delete(motion(packets, SMALL), np.s_[::12], axis=0)[:, 1:-1, 1:-1]  # P-frames
         uniform[name] = float((interior == (12, -8)).all(axis=-1).mean())
     assert uniform["smooth"] == 1 and uniform["noise"] < 0.9
 
@@ -125,21 +145,63 @@ def test_iframes_sit_at_every_twelfth_frame_of_every_real_clip(real_shards: Shar
         assert inside.tolist() == [t for t in range(end - start) if t % 12 == 0]
 
 
+# ---- what the encoder was told, read back from the bits of the stream (ISO/IEC 14496-2)
+
+
+def vop(packet: av.Packet) -> tuple[str, int]:
+    """Type ("I", "P") and quantiser of the picture in a packet, whose clock counts 25 a second."""
+    data = bytes(packet)
+    bits = iter("".join(f"{byte:08b}" for byte in data[data.index(b"\0\0\1\xb6") + 4 :]))
+
+    def take(count: int) -> int:
+        return int("0" + "".join(islice(bits, count)), 2)
+
+    kind = "IPBS"[take(2)]
+    while take(1):  # modulo_time_base
+        pass
+    assert take(1) == 1  # marker
+    take(5)  # vop_time_increment, 0 to 24
+    assert take(2) == 3  # marker, vop_coded
+    take(kind == "P")  # vop_rounding_type
+    take(3)  # intra_dc_vlc_thr
+    return kind, take(5)
+
+
+@pytest.mark.parametrize("quantiser", [2, 8, 31])
+def test_every_picture_has_the_quantiser_that_was_asked_for(quantiser: int, tmp_path: Path) -> None:
+    source = write_video(tmp_path / "a.mp4", panned(26, height=96, width=128))
+    found = [vop(p) for p in encoded(source, replace(SMALL, quantiser=quantiser))]
+    assert found == [("P" if t % 12 else "I", quantiser) for t in range(26)]
+
+
 def test_hard_cuts_insert_no_iframes(tmp_path: Path) -> None:
     scenes = [panned(1, height=96, width=128, seed=s)[0] // (1 + s % 3) for s in range(10)]
     source = write_video(tmp_path / "cuts.mp4", np.repeat(scenes, 5, axis=0))
-    stream = tmp_path / "encoded.nut"
-    encode.encode(str(source), str(stream), SMALL)
-    assert [t for t, (kind, _) in enumerate(side_data(stream)) if kind == "I"] == [0, 12, 24, 36, 48]
-    # The encoder's own habit, which the settings switch off: without it this test would prove nothing.
-    with av.open(str(source)) as container, av.open(str(tmp_path / "usual.nut"), "w") as output:
-        usual = output.add_stream("mpeg4", rate=25)
-        usual.width, usual.height, usual.codec_context.gop_size = 128, 96, 12
+    kinds = [vop(p)[0] for p in encoded(source, SMALL)]
+    assert [t for t, kind in enumerate(kinds) if kind == "I"] == [0, 12, 24, 36, 48]
+    # The same encoder told a bit rate instead of a quantiser: what our settings prevent.
+    usual = av.CodecContext.create("mpeg4", "w")
+    usual.width, usual.height, usual.pix_fmt = 128, 96, "yuv420p"
+    usual.time_base, usual.gop_size, usual.max_b_frames, usual.bit_rate = Fraction(1, 25), 12, 0, 4_000_000
+    packets = []
+    with av.open(str(source)) as container:
         for frame in container.decode(video=0):
             frame.pict_type = av.video.frame.PictureType.NONE
-            output.mux(usual.encode(frame))
-        output.mux(usual.encode())
-    assert sum(kind == "I" for kind, _ in side_data(tmp_path / "usual.nut")) > 5
+            packets += usual.encode(frame)
+    kinds = [vop(p)[0] for p in [*packets, *usual.encode()]]
+    assert {5, 10, 15, 20, 25, 30, 35, 40, 45} <= {t for t, kind in enumerate(kinds) if kind == "I"}
+
+
+@pytest.mark.parametrize("quality", [50, 90])
+def test_pictures_have_the_jpeg_quality_that_was_asked_for(quality: int, tmp_path: Path) -> None:
+    source = write_video(tmp_path / "a.mp4", panned(2, height=96, width=128))
+    (group,) = extract.groups(encoded(source, SMALL), replace(SMALL, jpeg_quality=quality))
+    reference = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(reference, "JPEG", quality=quality)
+    with Image.open(reference) as expected:
+        for data in (group.iframe, *group.frames):
+            with Image.open(io.BytesIO(data)) as picture:
+                assert picture.quantization == expected.quantization
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -220,7 +282,7 @@ def test_rgb_sources_keep_their_colours(codec_name: str, pix_fmt: str, tmp_path:
 
 def assert_bars(source: Path, folder: Path) -> None:
     """Both kinds of stored picture show BARS within a few levels."""
-    answer = codec.convert(str(source), Spool(folder), Settings())
+    answer = codec.convert(str(source), Spool(folder), Settings(), alive)
     for kind, shape in ("frames", (172, 228)), ("iframes", (256, 340)):
         data = (folder / kind).read_bytes()[: answer[f"{kind.removesuffix('s')}_bytes"][0]]
         picture = simplejpeg.decode_jpeg(data).astype(int)
@@ -267,26 +329,26 @@ def test_neither_encoding_nor_reading_starts_threads(tmp_path: Path, monkeypatch
     for module, name in (encode, "_stretch"), (extract, "grids"):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real: (real(*a), seen.append(threads()))[0])
-    codec.convert(str(source), Spool(tmp_path), SMALL)
+    codec.convert(str(source), Spool(tmp_path), SMALL, alive)
     assert seen == [before] * 6  # five frames scaled, one group read
     capture = VideoCap()  # what a reader does that is not told otherwise
-    encode.encode(str(source), str(tmp_path / "encoded.nut"), SMALL)
-    assert capture.open(str(tmp_path / "encoded.nut")) and capture.read()[0]
+    stream = stream_of(encoded(source, SMALL), tmp_path / "encoded.m4v", SMALL)
+    assert capture.open(str(stream)) and capture.read()[0]
     assert threads() > before
     capture.release()
 
 
 def test_a_broken_group_of_pictures_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_video(tmp_path / "a.mp4", panned(14, height=96, width=128))
-    whole, real = extract.decoded, encode.encode
-    monkeypatch.setattr(extract, "decoded", lambda path: list(whole(path))[:-1])
+    whole, real = extract.decoded, encode.packets
+    monkeypatch.setattr(extract, "decoded", lambda packets: list(whole(packets))[:-1])
     with pytest.raises(ValueError, match="14 frames encoded, 13 read back"):
-        codec.convert(str(source), Spool(tmp_path), SMALL)
+        codec.convert(str(source), Spool(tmp_path), SMALL, alive)
     monkeypatch.undo()
     for gop, frame in (5, 5), (13, 12):  # an I-frame too early, one too late
-        monkeypatch.setattr(encode, "encode", lambda a, b, s, gop=gop: real(a, b, replace(s, gop=gop)))
+        monkeypatch.setattr(encode, "packets", lambda a, s, b, gop=gop: real(a, replace(s, gop=gop), b))
         with pytest.raises(ValueError, match=f"frame {frame} of the encoded stream breaks the group of 12"):
-            codec.convert(str(source), Spool(tmp_path), SMALL)
+            codec.convert(str(source), Spool(tmp_path), SMALL, alive)
 
 
 VECTOR = {"source": -1, "w": 16, "h": 16, "dst_x": 24, "dst_y": 24, "motion_scale": 2}

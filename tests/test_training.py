@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
 from train import checkpoint, tasks
 from train.config import Config, Objective, Optimiser
-from train.data import PretrainSet
-from train.loop import learning_rate, make_optimiser, train
-from train.tasks import PretrainingTask
+from train.loop import train
+from train.model import PretrainingModel
+from train.optimiser import learning_rate, make_optimiser
 
 
 class Fixed:
@@ -85,33 +86,6 @@ def test_both_losses_fall(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monkey
         assert np.mean(late) < 0.95 * np.mean(early), task
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_only_parts_with_a_weight_exist_and_all_of_them_learn(tiny: Tiny, alpha: float) -> None:
-    config = tiny_config(objective=Objective(alpha=alpha))
-    shards = ShardSet(tiny[0])
-    data = PretrainSet(shards, None, config.sampling, config.cropping, config.photometric)
-    batch = torch.utils.data.default_collate([data[0, i] for i in range(4)])
-    task = PretrainingTask(config, shards, None)
-    model = task.model
-    context, motion = {"iframe", "clip_head", "iframe_head"}, {"motion"}
-    assert {name for name, _ in model.named_children()} == (
-        {"video"} | (context if alpha < 1 else set()) | (motion if alpha > 0 else set())
-    )
-    clip, iframe, windows = task.inputs(batch)
-    assert clip.shape == (4, 3, 8, 32, 32)
-    assert iframe is None if alpha == 1 else iframe.shape == (4, 3, 1, 32, 32)
-    assert windows is None if alpha == 0 else windows.shape == (4, 2, 2, 8, 32, 32)
-    loss, parts = task.loss(model, (clip, iframe, windows), batch)
-    loss.backward()
-    found = {"context_loss": 0.0, "motion_loss": 0.0} | dict(
-        zip(task.columns, (float(p.detach()) for p in parts), strict=True)
-    )
-    assert float(loss.detach()) == pytest.approx(
-        2 * ((1 - alpha) * found["context_loss"] + alpha * found["motion_loss"])
-    )
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
-
-
 def test_learning_rate_by_hand() -> None:
     config = tiny_config(batch_size=8, epochs=6, optimiser=Optimiser(lr_per_sample=0.01, warmup_epochs=2))
     # Peak 0.01 x 8. Five steps an epoch: ten of warm-up, then twenty of cosine.
@@ -131,15 +105,29 @@ def test_the_optimiser_gets_the_rate_of_the_step(undisturbed: Path) -> None:
     assert state["optimiser"]["param_groups"][0]["lr"] == learning_rate(tiny_config(), 17, 6)
 
 
-def test_optimisers_take_their_settings() -> None:
-    module, cpu = torch.nn.Linear(2, 2), torch.device("cpu")
-    sgd = make_optimiser(Optimiser(weight_decay=0.25, momentum=0.5), module, cpu)
+def test_sgd_decays_every_parameter_as_the_paper_has_it() -> None:
+    model = PretrainingModel(tiny_config())
+    sgd = make_optimiser(Optimiser(weight_decay=0.25, momentum=0.5), model)
     assert isinstance(sgd, torch.optim.SGD)
-    assert {k: sgd.defaults[k] for k in ("weight_decay", "momentum", "nesterov")} == {
-        "weight_decay": 0.25, "momentum": 0.5, "nesterov": True,
-    }  # fmt: skip
-    adamw = make_optimiser(Optimiser("adamw", weight_decay=0.125), module, cpu)
-    assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["weight_decay"] == 0.125
+    (group,) = sgd.param_groups
+    assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (0.25, 0.5, True)
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_adamw_decays_neither_norms_nor_biases_nor_positions() -> None:
+    """By the names that such parameters have in this project; the rest are the weights of convolutions and maps."""
+    model = PretrainingModel(tiny_config())
+    adamw = make_optimiser(Optimiser("adamw", weight_decay=0.125), model)
+    assert isinstance(adamw, torch.optim.AdamW)
+    decays = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    names = {True: set(), False: set()}
+    for name, parameter in model.named_parameters():
+        names[decays.pop(id(parameter)) == 0.125].add(name)
+    assert not decays
+    spared = r"\.bias$|norm\d?\.|positions$|queries$|(stem|shortcut)\.1\."
+    assert {n for n in names[True] | names[False] if re.search(spared, n)} == names[False]
+    assert {"video.stem.0.weight", "motion.predictor.linear_in.weight", "clip_head.linear1.weight"} < names[True]
+    assert {"motion.predictor.queries", "motion.predictor.in_positions", "video.stem.1.weight"} < names[False]
 
 
 def test_a_run_says_what_made_it(tiny: Tiny, undisturbed: Path) -> None:

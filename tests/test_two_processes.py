@@ -38,9 +38,9 @@ def in_float64() -> Iterator[None]:
     """Networks, objectives and optimiser in double precision: in single, three steps of so small a batch already turn
     the rounding of a sum over two processes into 1 % of a weight."""
 
-    def doubled(*arguments):
+    def doubled(*arguments, **options):
         torch.set_default_dtype(torch.float32)
-        found = prepare(*arguments)
+        found = prepare(*arguments, **options)
         torch.set_default_dtype(torch.float64)
         return [x.double() for x in found]
 

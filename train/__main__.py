@@ -68,7 +68,8 @@ def list_recipes() -> None:
         print(f"{name}\n    {recipe.about}\n    batch {c.batch_size}, {c.epochs} epochs, {c.size}x{c.size}")
         print(f"    {cost.describe(name, c)}", flush=True)
         if recipe.base:
-            print(f"    differs from {recipe.base}: {', '.join(recipe.changes())}")
+            changes = ", ".join(f"{field} {own} ({before})" for field, (own, before) in recipe.changes().items())
+            print(f"    differs from {recipe.base}: {changes}")
 
 
 def export_run(run: tyro.conf.Positional[Path], out: Path, weights: str = "last") -> None:

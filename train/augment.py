@@ -51,29 +51,19 @@ def crop_motion(
     """Cut one box out of all maps of a motion window and resample it, bilinear, to a square.
 
     motion int16 (B, W, rows, cols, 2) as stored: quarter pixels of the encoded frame of `width` x `height`, one vector
-    a 16x16 macroblock, `INTRA` where there is none (read as zero; `crop_mask` tells them apart). Returns float32
-    (B, 2, W, size, size): (dx, dy) in pixels of the crop, dx negated where flipped, clamped to +-limit, over limit.
+    a 16x16 macroblock, `INTRA` where there is none (read as zero). Returns float32 (B, 2, W, size, size): (dx, dy) in
+    pixels of the crop, dx negated where flipped, clamped to +-limit, over limit.
     """
     b, w, rows, cols, _ = motion.shape
     vectors = motion.masked_fill(motion == INTRA, 0).permute(0, 4, 1, 2, 3)  # (B, 2, W, rows, cols)
     planes = vectors.to(torch.float32, memory_format=torch.contiguous_format).view(b, 2 * w, rows, cols)
-    out = _resample(planes, _positions(box, flip, size, *_grid_share(width, height, rows, cols)))
+    share_x, share_y = width / (MACROBLOCK * cols), height / (MACROBLOCK * rows)  # whole macroblocks overhang the frame
+    out = _resample(planes, _positions(box, flip, size, share_x, share_y))
     zoom_x = size / ((box[:, 2] - box[:, 0]) * width)
     zoom_y = size / ((box[:, 3] - box[:, 1]) * height)
     zoom = torch.stack([torch.where(flip, -zoom_x, zoom_x), zoom_y], 1) / QUARTERS  # (B, 2)
     pixels = out.view(b, 2, w, size, size) * zoom.view(b, 2, 1, 1, 1)
     return pixels.clamp(-limit, limit) / limit
-
-
-def crop_mask(motion: Tensor, box: Tensor, flip: Tensor, size: int, width: int, height: int) -> Tensor:
-    """Where `crop_motion` found vectors: float32 (B, 1, W, size, size), the bilinear weight of the cells with one.
-
-    1 between cells that carry a vector, 0 inside intra blocks and on I-frames, between at their borders.
-    """
-    b, w, rows, cols, _ = motion.shape
-    planes = (motion[..., 0] != INTRA).to(torch.float32)  # (B, W, rows, cols)
-    out = _resample(planes, _positions(box, flip, size, *_grid_share(width, height, rows, cols)))
-    return out.view(b, 1, w, size, size)
 
 
 def fixed_box(frame_w: int, frame_h: int, ratio: float = 112 / 128) -> Tensor:
@@ -136,11 +126,6 @@ def _positions(box: Tensor, flip: Tensor, size: int, share_x: float = 1.0, share
 def _resample(planes: Tensor, positions: Tensor) -> Tensor:
     """Planes (B, C, h, w) at positions (B, S, S, 2): one grid serves all frames and channels of a sample."""
     return F.grid_sample(planes, positions, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def _grid_share(width: int, height: int, rows: int, cols: int) -> tuple[float, float]:
-    """How much of the motion grid the frame covers, across and down: whole macroblocks overhang it."""
-    return width / (MACROBLOCK * cols), height / (MACROBLOCK * rows)
 
 
 def _all_then_select(drawn: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:

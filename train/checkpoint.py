@@ -16,7 +16,7 @@ from torch import nn
 from preprocess.files import replacing, write_text
 
 FORMAT = "context-motion-checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had the numbers of pending steps by position, and one group of parameters for AdamW
 KEYS: dict[str, type | tuple[type, ...]] = {"model": dict, "config": str, "step": int, "epoch": (int, float)}
 
 
@@ -92,3 +92,11 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any], path
         optimiser.load_state_dict(state["optimiser"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} holds another optimiser's state: {error}") from error
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Raise FloatingPointError where the last update made weights that are not finite, which no loss has met yet."""
+    if not nn.utils.get_total_norm(model.parameters()).isfinite():
+        raise FloatingPointError(
+            f"weights are not finite after step {step}; the last checkpoint is kept. Lower --optimiser.lr-per-sample"
+        )

@@ -16,6 +16,10 @@ from train.draws import Cropping, Photometric, Sampling, at_least, one_of, posit
 
 MotionLoss = Literal["infonce", "mse", "cross_entropy"]
 
+BEFORE = "before"
+"""A field added once there are runs is field(default=..., metadata={BEFORE: what those runs did}): where it has that
+value it stands in no JSON, so that their hashes stay; where JSON lacks it, it has that value."""
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -140,7 +144,7 @@ class Config:
         at_least("seed", self.seed, 0)
 
     def to_json(self) -> str:
-        return json.dumps(self._values(), sort_keys=True)
+        return json.dumps({"task": self.task, **_written(self)}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Config:
@@ -167,15 +171,9 @@ class Config:
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    def differences(self, other: Config) -> list[str]:
-        """Fields in which `other` differs, as 'name: other's value there, mine here'."""
-        mine, theirs = flatten(self._values()), flatten(other._values())
-        return [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
-
-    def changes(self, base: Config) -> list[str]:
-        """Fields in which this differs from `base`, as 'name: value (base's)'."""
-        mine, theirs = flatten(self._values()), flatten(base._values())
-        return [f"{k} {v} ({theirs.get(k)})" for k, v in mine.items() if theirs.get(k) != v]
+    def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Fields in which `other` differs, named as on the command line: (mine, other's)."""
+        return differences(self._values(), other._values())
 
     def _values(self) -> dict[str, Any]:
         return {"task": self.task, **dataclasses.asdict(self)}
@@ -239,15 +237,34 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What of `mine`, nested, has another value in `theirs`: dotted name -> (mine, theirs or None)."""
+    others = flatten(theirs)
+    return {name: (v, others.get(name)) for name, v in flatten(mine).items() if others.get(name) != v}
+
+
+def here_and_there(found: dict[str, tuple[Any, Any]]) -> str:
+    """Differences for an error: 'name: theirs there, mine here; ...'."""
+    return "; ".join(f"{name}: {theirs} there, {mine} here" for name, (mine, theirs) in found.items())
+
+
+def _written(section: Any) -> dict[str, Any]:
+    """A dataclass as JSON has it: without the fields that have the value from `BEFORE` them."""
+    values = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if value != f.metadata.get(BEFORE, dataclasses.MISSING):
+            values[f.name] = _written(value) if dataclasses.is_dataclass(value) else value
+    return values
+
+
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {values!r}, where the keys {', '.join(known)} are wanted")
-    if set(values) != set(known):
-        raise ValueError(
-            f"{where}: {sorted(set(values) ^ set(known))} unknown or missing; the keys are {', '.join(known)}"
-        )
-    arguments = {}
+    arguments = {name: f.metadata[BEFORE] for name, f in known.items() if BEFORE in f.metadata and name not in values}
+    if odd := set(values) ^ (set(known) - set(arguments)):
+        raise ValueError(f"{where}: {sorted(odd)} unknown or missing; the keys are {', '.join(known)}")
     for name, value in values.items():
         factory = known[name].default_factory
         if factory is not dataclasses.MISSING:

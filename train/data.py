@@ -11,7 +11,8 @@ Boxes are (x0, y0, x1, y1) in fractions of the frame, 0 at the left and top edge
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -44,10 +45,8 @@ Sample = dict[str, Any]
 SHOWN = 5  # paths named in an error
 
 
-class PretrainSet(Dataset[Sample]):
-    """Clips with an I-frame, the motion window to predict and negative windows of the same video.
-
-    `data[epoch, index]` is a dict of numpy arrays and numbers that torch collates:
+class TrainingSet(Dataset[Sample]):
+    """One random clip a video and epoch: `data[epoch, index]` is a dict of arrays and numbers that torch collates.
 
     | key | type, shape | meaning |
     |---|---|---|
@@ -57,11 +56,12 @@ class PretrainSet(Dataset[Sample]):
     | iframe_box, iframe_flip, iframe_photo | as for the clip | drawn apart from the clip's |
     | motion | int16 (1+K, W, rows, cols, 2) | windows as stored, the positive first |
     | motion_box, motion_flip | float32 (1+K, 4), bool (1+K,) | the positive's are the clip's |
+    | serves | bool | false where the video is too short for the windows, which are zeros then |
     | index, label | int | row of this data set; class number, -1 unknown |
 
-    `dropped` counts videos too short to serve, `failed` rows of the manifest that stage 1 could not store.
-
-    Raises ValueError where the manifest names videos or labels that the shards do not, or no video can serve.
+    A video too short for its motion window beside the clip does not serve; one shorter than the clip repeats from its
+    start, as at evaluation. `failed` counts rows of the manifest that stage 1 could not store. Raises ValueError as
+    `select` does.
     """
 
     def __init__(
@@ -71,22 +71,19 @@ class PretrainSet(Dataset[Sample]):
         sampling: Sampling,
         cropping: Cropping,
         photometric: Photometric,
-        seed: int = 0,
+        seed: int,
+        *,
+        with_iframe: bool,
+        with_motion: bool,
     ) -> None:
-        _check_motion(shards, sampling)
-        video, self.failed = select(shards, manifest)
-        serves = np.array([largest_stride(f, sampling) > 0 for f in shards.frames[video].tolist()], bool)
-        self.dropped = int((~serves).sum())
-        self.video = video[serves]
-        if not len(self.video):
-            least = 1 if sampling.short_videos == "fit" else sampling.stride
-            raise ValueError(
-                f"none of {len(video)} videos has the {sampling.needed(least)} frames that a clip at stride {least} "
-                "and its motion window need; choose fewer frames, a smaller stride, or short_videos=fit"
-            )
-        self.label = shards.label[self.video]
+        if with_motion:
+            _check_motion(shards, sampling)
         self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
-        self.seed = seed
+        self.seed, self.with_iframe, self.with_motion = seed, with_iframe, with_motion
+        self.video, self.failed = select(shards, manifest)
+        self.label = shards.label[self.video]
+        long = [largest_stride(f, sampling) > 0 for f in shards.frames[self.video].tolist()]
+        self.serves = np.array(long, bool) & with_motion
 
     def __len__(self) -> int:
         return len(self.video)
@@ -98,46 +95,85 @@ class PretrainSet(Dataset[Sample]):
         """What torch's loader asks for: a batch. Decoding a clip pushes everything else out of the processor's caches,
         which makes drawing four times as slow; so all are drawn first, then all decoded. Their pictures lie in one
         array each, whose memory the allocator gets in huge pages or keeps; an array a clip would be paged in anew."""
-        drawn, s, stored = [self._drawn(key) for key in keys], self.sampling, self.shards.settings
-        clips = np.empty((len(keys), s.frames, stored.frame_height, stored.frame_width, 3), np.uint8)
-        iframes = np.empty((len(keys), 1, stored.height, stored.width, 3), np.uint8)
-        for (shard, frames, iframe, _), clip, picture in zip(drawn, clips, iframes):
-            decode_frames(shard, frames, clip)
-            decode_iframes(shard, iframe, picture)
-        return [{"clip": c, "iframe": i[0], **sample} for (*_, sample), c, i in zip(drawn, clips, iframes)]
+        drawn = [self._draw(key) for key in keys]
+        stored, length = self.shards.settings, self.sampling.frames
+        clips = np.empty((len(keys), length, stored.frame_height, stored.frame_width, 3), np.uint8)
+        iframes = np.empty((len(keys), int(self.with_iframe), stored.height, stored.width, 3), np.uint8)
+        for (shard, frames, near, sample), clip, pictures in zip(drawn, clips, iframes):
+            sample["clip"] = decode_frames(shard, frames, clip)
+            if self.with_iframe:
+                (sample["iframe"],) = decode_iframes(shard, np.array([near]), pictures)
+        return [sample for *_, sample in drawn]
 
-    def _drawn(self, key: tuple[int, int]) -> tuple[Shard, np.ndarray, np.ndarray, Sample]:
-        """(shard, the clip's frames (T,), its I-frame (1,), the sample without them), both numbered over the shard."""
+    def _draw(self, key: tuple[int, int]) -> tuple[Shard, np.ndarray, int, Sample]:
+        """(shard, the clip's frames (T,), its I-frame, the sample without them), both numbered over the shard."""
         epoch, index = key
         s, rng = self.sampling, _generator(self.seed, epoch, index)
         shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
-        start, stride, window = draw_clip(rng, frames, s, iframes)
-        iframe = draw_iframe(rng, iframes, start, start + s.span(stride) - 1, s.iframe_reach)
-        width, height = shard.settings.width, shard.settings.height
-        sample: Sample = {
-            "clip_box": draw_box(rng, self.cropping, width, height),
-            "clip_flip": bool(rng.random() < self.cropping.flip),
-            "clip_photo": draw_photometric(rng, self.photometric),
-            "iframe_box": draw_box(rng, self.cropping, width, height),
-            "iframe_flip": bool(rng.random() < self.cropping.flip),
-            "iframe_photo": draw_photometric(rng, self.photometric),
-            "index": int(index),
-            "label": int(self.label[index]),
+        if self.serves[index]:
+            start, stride, window = draw_clip(rng, frames, s)
+        else:
+            start, stride = int(rng.integers(max(frames - s.span(s.stride), 0) + 1)), s.stride
+        near = 0
+        if self.with_iframe:
+            last = start + s.span(stride) - 1
+            near = first_iframe + draw_iframe(rng, iframes, start, last, s.iframe_reach)
+        sample: Sample = {"index": int(index), "label": int(self.label[index])} | self._view(rng, "clip")
+        if self.with_iframe:
+            sample |= self._view(rng, "iframe")
+        if self.with_motion:
+            windows = [window, *draw_negatives(rng, frames, window, s)] if self.serves[index] else []
+            boxes = [sample["clip_box"], *(self._box(rng) for _ in range(s.negatives))]
+            flips = [sample["clip_flip"], *(rng.random(s.negatives) < self.cropping.flip)]
+            sample |= {
+                "motion": _motion(shard, first, windows, s),
+                "motion_box": np.stack(boxes),
+                "motion_flip": np.array(flips),
+                "serves": bool(self.serves[index]),
+            }
+        return shard, first + (start + stride * np.arange(s.frames)) % frames, near, sample
+
+    def _view(self, rng: np.random.Generator, of: str) -> Sample:
+        return {
+            f"{of}_box": self._box(rng),
+            f"{of}_flip": bool(rng.random() < self.cropping.flip),
+            f"{of}_photo": draw_photometric(rng, self.photometric),
         }
-        windows = [window, *draw_negatives(rng, frames, window, s, iframes)]
-        sample |= _motion(shard, first, windows, s, sample, self.cropping, rng)
-        return shard, first + start + stride * np.arange(s.frames), np.array([first_iframe + iframe]), sample
+
+    def _box(self, rng: np.random.Generator) -> np.ndarray:
+        return draw_box(rng, self.cropping, self.shards.settings.width, self.shards.settings.height)
 
 
-class FinetuneSet(Dataset[Sample]):
-    """One random clip a video and epoch, with its label: `data[epoch, index]`, keyed as `PretrainSet`'s samples.
+class PretrainSet(TrainingSet):
+    """Clips with an I-frame, the motion window to predict and negative windows of the same video.
 
-    Every video serves: one shorter than the clip repeats from its start, as at evaluation. With `with_motion` a sample
-    has motion windows and `serves` (bool) too. The clip then leaves room for its window, at a smaller stride where the
-    video is short; where no stride does, the clip is taken as without motion, `serves` is false and the maps are zero:
-    such a video trains the classifier alone. `unserved` counts them.
+    `dropped` counts videos that do not serve, which are left out; ValueError where none does.
+    """
 
-    Raises ValueError as `select` does, and where a video has no label.
+    def __init__(
+        self,
+        shards: ShardSet,
+        manifest: Manifest | None,
+        sampling: Sampling,
+        cropping: Cropping,
+        photometric: Photometric,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(shards, manifest, sampling, cropping, photometric, seed, with_iframe=True, with_motion=True)
+        if not self.serves.any():
+            raise ValueError(
+                f"none of {len(self)} videos has the {sampling.needed(1)} frames that a clip at stride 1 and its "
+                "motion window need; choose fewer frames or motion_frames"
+            )
+        self.dropped = int((~self.serves).sum())
+        self.video, self.label, self.serves = (x[self.serves] for x in (self.video, self.label, self.serves))
+
+
+class FinetuneSet(TrainingSet):
+    """Clips with their label and, where wanted, motion windows; no I-frames.
+
+    Every video trains the classifier; `unserved` counts those that take no part in motion prediction. ValueError where
+    a video has no label.
     """
 
     def __init__(
@@ -150,10 +186,9 @@ class FinetuneSet(Dataset[Sample]):
         seed: int = 0,
         with_motion: bool = False,
     ) -> None:
-        if with_motion:
-            _check_motion(shards, sampling)
-        self.video, self.failed = select(shards, manifest)
-        self.label = shards.label[self.video]
+        super().__init__(
+            shards, manifest, sampling, cropping, photometric, seed, with_iframe=False, with_motion=with_motion
+        )
         if (self.label < 0).any():
             paths = shards.paths
             unknown = [paths[v] for v in self.video[self.label < 0].tolist()]
@@ -161,35 +196,7 @@ class FinetuneSet(Dataset[Sample]):
                 f"{len(unknown)} videos have no label ({_some(unknown)}); leave them out of the manifest, "
                 "or make the shards from a manifest that labels them"
             )
-        self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
-        self.seed, self.with_motion = seed, with_motion
-        frames = shards.frames[self.video].tolist()
-        self.unserved = sum(not largest_stride(f, sampling) for f in frames) if with_motion else 0
-
-    def __len__(self) -> int:
-        return len(self.video)
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
-        s, rng = self.sampling, _generator(self.seed, epoch, index)
-        shard, first, frames, iframes, _ = _extent(self.shards, int(self.video[index]))
-        serves = self.with_motion and largest_stride(frames, s) > 0
-        if serves:
-            start, stride, window = draw_clip(rng, frames, s, iframes)
-        else:
-            start, stride = int(rng.integers(max(frames - s.span(s.stride), 0) + 1)), s.stride
-        sample: Sample = {
-            "clip": decode_frames(shard, first + (start + stride * np.arange(s.frames)) % frames),
-            "clip_box": draw_box(rng, self.cropping, shard.settings.width, shard.settings.height),
-            "clip_flip": bool(rng.random() < self.cropping.flip),
-            "clip_photo": draw_photometric(rng, self.photometric),
-            "index": int(index),
-            "label": int(self.label[index]),
-        }
-        if self.with_motion:
-            windows = [window, *draw_negatives(rng, frames, window, s, iframes)] if serves else []
-            sample |= {"serves": serves} | _motion(shard, first, windows, s, sample, self.cropping, rng)
-        return sample
+        self.unserved = int((~self.serves).sum()) if with_motion else 0
 
 
 class ClipSet(Dataset[Sample]):
@@ -201,7 +208,7 @@ class ClipSet(Dataset[Sample]):
     | iframe | iframes | uint8 (C, H, W, 3) | the I-frame nearest its centre, the earlier of two as near |
     | motion | motion | int16 (C, W, rows, cols, 2) | the maps around its centre, as stored |
 
-    With `index` and `label` as in `PretrainSet`. A video shorter than the clip repeats from its start.
+    With `index` and `label` as in `TrainingSet`. A video shorter than the clip repeats from its start.
     """
 
     def __init__(
@@ -241,14 +248,11 @@ class ClipSet(Dataset[Sample]):
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one rank: a DataLoader's `batch_sampler`.
+    """Batches of (epoch, index) for one rank: a DataLoader's `batch_sampler`, for one epoch or for the steps `between`.
 
     An epoch is one shuffle of all videos, a function of (seed, epoch). It is cut into global batches, and each rank
     takes its slice of each; the `dropped` videos below one global batch wait for another epoch. So no video is seen
     twice in an epoch, and the global batches do not depend on the number of ranks.
-
-    Iterating gives the rest of the epoch that `start_at` named. A DataLoader runs ahead of the training step: the loop
-    that resumes must count its own steps and name them here.
 
     Raises ValueError where the batch cannot be dealt evenly, or is larger than the data set.
     """
@@ -262,23 +266,23 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"{n} videos do not fill one batch of {global_batch}; choose a batch of at most {n}")
         self.n, self.global_batch, self.rank, self.world, self.seed = n, global_batch, rank, world, seed
         self.steps, self.dropped = divmod(n, global_batch)
-        self.epoch = self.step = 0
-
-    def start_at(self, epoch: int, step: int = 0) -> None:
-        """The next iteration gives this epoch from this step on (0 = its beginning, `steps` = nothing left)."""
-        if epoch < 0 or not 0 <= step <= self.steps:
-            raise ValueError(f"epoch {epoch}, step {step}; an epoch has steps 0 to {self.steps}")
-        self.epoch, self.step = epoch, step
 
     def __len__(self) -> int:
-        return self.steps - self.step
+        return self.steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, share = self.epoch, self.global_batch // self.world
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-        for step in range(self.step, self.steps):
-            first = step * self.global_batch + self.rank * share
+        return self.between(0, self.steps)
+
+    def between(self, step: int, end: int) -> Iterator[list[tuple[int, int]]]:
+        """The batches of steps `step` to `end` of a run, through its epochs, so that no loader pauses between them."""
+        share, shuffled = self.global_batch // self.world, -1
+        while step < end:
+            epoch, number = divmod(step, self.steps)
+            if epoch != shuffled:
+                order, shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.n), epoch
+            first = number * self.global_batch + self.rank * share
             yield [(epoch, i) for i in order[first : first + share].tolist()]
+            step += 1
 
 
 def select(shards: ShardSet, manifest: Manifest | None) -> tuple[np.ndarray, int]:
@@ -315,67 +319,58 @@ def select(shards: ShardSet, manifest: Manifest | None) -> tuple[np.ndarray, int
 
 def decode_frames(shard: Shard, frames: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Decode frames (n,), numbered over the shard, into one uint8 (n, h, w, 3) RGB array, `out` or a new one."""
-    if out is None:
-        out = np.empty((len(frames), shard.settings.frame_height, shard.settings.frame_width, 3), np.uint8)
-    for image, f in zip(out, frames.tolist()):
-        _decode(shard.frame_jpeg(f), image, shard, f"frame {f}")
-    return out
+    size = (shard.settings.frame_height, shard.settings.frame_width)
+    return _decode(shard.path, "frame", shard.frame_jpeg, frames, size, out)
 
 
 def decode_iframes(shard: Shard, iframes: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Decode I-frames (n,), numbered over the shard, into one uint8 (n, H, W, 3) RGB array, `out` or a new one."""
-    if out is None:
-        out = np.empty((len(iframes), shard.settings.height, shard.settings.width, 3), np.uint8)
-    for image, k in zip(out, iframes.tolist()):
-        _decode(shard.iframe_jpeg(k), image, shard, f"I-frame {k}")
+    size = (shard.settings.height, shard.settings.width)
+    return _decode(shard.path, "I-frame", shard.iframe_jpeg, iframes, size, out)
+
+
+def _decode(
+    path: Path,
+    what: str,
+    jpeg: Callable[[int], np.ndarray],
+    numbers: np.ndarray,
+    size: tuple[int, int],
+    out: np.ndarray | None,
+) -> np.ndarray:
+    """Decode straight into the array. Damaged bytes raise: they must not train a network."""
+    out = np.empty((len(numbers), *size, 3), np.uint8) if out is None else out
+    for image, number in zip(out, numbers.tolist()):
+        try:
+            shape = simplejpeg.decode_jpeg(jpeg(number), "RGB", buffer=image).shape
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {what} {number} is damaged ({error}); check the file and make it again"
+            ) from error
+        if shape != image.shape:
+            raise ValueError(f"{path}: {what} {number} has shape {shape}, not {image.shape}; make the file again")
     return out
 
 
-def _decode(jpeg: np.ndarray, image: np.ndarray, shard: Shard, what: str) -> None:
-    """Decode straight into `image`. Damaged bytes raise: they must not train a network."""
-    try:
-        shape = simplejpeg.decode_jpeg(jpeg, "RGB", buffer=image).shape
-    except ValueError as error:
-        raise ValueError(f"{shard.path}: {what} is damaged ({error}); check the file and make it again") from error
-    if shape != image.shape:
-        raise ValueError(f"{shard.path}: {what} has shape {shape}, not {image.shape}; make the file again")
-
-
-def _motion(
-    shard: Shard,
-    first: int,
-    windows: list[int],
-    s: Sampling,
-    clip: Sample,
-    cropping: Cropping,
-    rng: np.random.Generator,
-) -> Sample:
-    """Motion windows of the video whose first frame is `first`, the positive one first, with its clip's crop and flip;
-    zeros where there are no windows."""
-    maps, count, length = _maps(shard, s), 1 + s.negatives, s.motion_frames
-    width, height = shard.settings.width, shard.settings.height
-    boxes = [clip["clip_box"], *(draw_box(rng, cropping, width, height) for _ in range(s.negatives))]
-    flips = rng.random(s.negatives) < cropping.flip
-    stored = [maps[first + w : first + w + length] for w in windows]
-    return {
-        "motion": np.stack(stored) if stored else np.zeros((count, length, *maps.shape[1:]), maps.dtype),
-        "motion_box": np.stack(boxes),
-        "motion_flip": np.array([clip["clip_flip"], *flips]),
-    }
+def _motion(shard: Shard, first: int, windows: list[int], s: Sampling) -> np.ndarray:
+    """Motion windows of the video whose first frame is `first`, int16 (1+K, W, rows, cols, 2); of no windows, zeros."""
+    maps = _maps(shard, s)
+    if not windows:
+        return np.zeros((1 + s.negatives, s.motion_frames, *maps.shape[1:]), maps.dtype)
+    return np.stack([maps[first + w : first + w + s.motion_frames] for w in windows])
 
 
 def _maps(shard: Shard, sampling: Sampling) -> np.ndarray:
-    """Motion of every frame, int16 (F, rows, cols, 2): the stream's vectors or optical flow (table 4)."""
+    """Motion of every frame, int16 (F, rows, cols, 2): the stream's vectors, or its optical flow (table 4)."""
     return shard.flow if sampling.motion == "flow" else shard.motion
 
 
 def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
-    """Raise ValueError where the shards do not hold what `_maps` gives."""
-    if sampling.motion == "flow" and not shards.settings.flow:
-        raise ValueError(
-            f"motion is flow, but {shards.folder} holds no optical flow: run stage 1 with --flow into another folder, "
-            "or choose motion=vectors"
-        )
+    """Raise ValueError where the shards do not have what `_maps` gives."""
+    try:
+        for shard in shards.shards:
+            _maps(shard, sampling)
+    except ValueError as error:
+        raise ValueError(f"motion is {sampling.motion}, but {error}, or choose motion=vectors") from error
 
 
 def _extent(shards: ShardSet, video: int) -> tuple[Shard, int, int, np.ndarray, int]:

@@ -8,6 +8,7 @@ the statistics of batch norm) crosses ranks with its gradient: `gather_with_grad
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import torch
@@ -85,6 +86,21 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+class Flag:
+    """Remembers that a signal came, so that the step in progress can end."""
+
+    def __init__(self, number: int) -> None:
+        self.raised = False
+        signal.signal(number, self._raise)
+
+    def _raise(self, *_: object) -> None:
+        self.raised = True
+
+    def raised_anywhere(self, device: torch.device) -> bool:
+        """Whether it came to any of the processes: the same answer in all of them, which must all ask."""
+        return bool(mean_over_ranks(torch.tensor(float(self.raised), device=device)) > 0)
 
 
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:

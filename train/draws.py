@@ -17,7 +17,6 @@ import numpy as np
 
 Period = Literal["future", "current"]
 Motion = Literal["vectors", "flow"]
-ShortVideos = Literal["fit", "drop"]
 Generator = np.random.Generator
 
 TRIES = 10  # random boxes tried before the centre of the frame is taken
@@ -43,10 +42,6 @@ class Sampling:
     """Further motion windows of the same video, none of which overlaps the positive one."""
     iframe_reach: int = 5
     """How far outside the clip its I-frame may lie, in frames."""
-    short_videos: ShortVideos = "fit"
-    """A video too short for the stride: the largest stride that fits, or drop it."""
-    avoid_iframes: bool = False
-    """Draw motion windows around I-frames, whose maps are empty, as far as the video allows."""
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("stride", 1), ("motion_frames", 1)):
@@ -55,7 +50,6 @@ class Sampling:
             at_least(name, getattr(self, name), 0)
         one_of("period", self.period, ("future", "current"))
         one_of("motion", self.motion, ("vectors", "flow"))
-        one_of("short_videos", self.short_videos, ("fit", "drop"))
 
     def span(self, stride: int) -> int:
         """Frames from a clip's first to its last, both counted."""
@@ -141,19 +135,13 @@ class Photometric:
 
 def largest_stride(frames: int, sampling: Sampling) -> int:
     """Largest stride, at most `sampling.stride`, at which a video of `frames` frames can serve; 0 where none can."""
-    least = 1 if sampling.short_videos == "fit" else sampling.stride
-    return next((s for s in range(sampling.stride, least - 1, -1) if sampling.needed(s) <= frames), 0)
+    return next((s for s in range(sampling.stride, 0, -1) if sampling.needed(s) <= frames), 0)
 
 
-def draw_clip(
-    rng: Generator, frames: int, sampling: Sampling, iframes: np.ndarray | None = None
-) -> tuple[int, int, int]:
+def draw_clip(rng: Generator, frames: int, sampling: Sampling) -> tuple[int, int, int]:
     """A clip and its positive motion window: (start, stride, window start), frame numbers within the video.
 
-    The start is uniform over all that leave room for the window. `iframes` (the video's I-frames, rising) is needed
-    where `sampling.avoid_iframes`; then it is uniform over the starts whose window holds the fewest of them.
-
-    Raises ValueError where the video is too short for any stride.
+    The start is uniform over all that leave room for the window. Raises ValueError where no stride is short enough.
     """
     stride = largest_stride(frames, sampling)
     if not stride:
@@ -161,23 +149,15 @@ def draw_clip(
             f"a video of {frames} frames cannot serve: {sampling.frames} frames, a gap of {sampling.gap} and "
             f"{sampling.motion_frames} motion maps need {sampling.needed(1)} at stride 1; drop it"
         )
-    starts = frames - sampling.extent(stride) + 1
-    if sampling.avoid_iframes:
-        windows = np.array([sampling.window(s, stride, frames) for s in range(starts)])
-        start = int(rng.choice(_clearest(windows, sampling.motion_frames, iframes)))
-    else:
-        start = int(rng.integers(starts))
+    start = int(rng.integers(frames - sampling.extent(stride) + 1))
     return start, stride, sampling.window(start, stride, frames)
 
 
-def draw_negatives(
-    rng: Generator, frames: int, window: int, sampling: Sampling, iframes: np.ndarray | None = None
-) -> list[int]:
+def draw_negatives(rng: Generator, frames: int, window: int, sampling: Sampling) -> list[int]:
     """First frames of the K negative motion windows; none overlaps the positive one, which starts at `window`.
 
-    They are distinct where the video has room for that many starts, and avoid I-frames as `draw_clip` does.
-
-    Raises ValueError where no window fits beside the positive one.
+    They are distinct where the video has room for that many starts. Raises ValueError where no window fits beside the
+    positive one.
     """
     length = sampling.motion_frames
     before, after = max(window - length + 1, 0), max(frames - window - 2 * length + 1, 0)
@@ -187,12 +167,7 @@ def draw_negatives(
             "choose fewer motion_frames, or negatives=0"
         )
     beside = window + length - before  # the starts are 0 to before - 1, then go on behind the positive window
-    choice: int | np.ndarray = before + after
-    if sampling.avoid_iframes:
-        starts = np.arange(before + after)
-        choice = _clearest(starts + beside * (starts >= before), length, iframes)
-    count = choice if isinstance(choice, int) else len(choice)
-    drawn = rng.choice(choice, sampling.negatives, replace=count < sampling.negatives)
+    drawn = rng.choice(before + after, sampling.negatives, replace=before + after < sampling.negatives)
     return [n if n < before else n + beside for n in drawn.tolist()]
 
 
@@ -267,14 +242,6 @@ def clip_starts(frames: int, span: int, clips: int) -> np.ndarray:
     if clips == 1:
         return np.array([room // 2])
     return (2 * np.arange(clips) * room + clips - 1) // (2 * (clips - 1))
-
-
-def _clearest(windows: np.ndarray, length: int, iframes: np.ndarray | None) -> np.ndarray:
-    """Which windows hold the fewest I-frames, as positions."""
-    if iframes is None:
-        raise ValueError("avoid_iframes is set but the video's I-frames were not given; pass iframes")
-    held = np.searchsorted(iframes, windows + length) - np.searchsorted(iframes, windows)
-    return np.flatnonzero(held == held.min(initial=length))
 
 
 def nearest(iframes: np.ndarray, frame: float) -> int:

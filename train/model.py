@@ -5,8 +5,6 @@ Shapes: B videos, K negative windows, W maps a window, S and M pixels, N = T3 H3
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -14,18 +12,7 @@ from train.config import Config, Finetuning, MotionLoss, Pretraining
 from train.networks import VideoNetwork, build_predictor, build_video_network
 from train.networks.heads import MLPHead, flatten_points
 from train.networks.resnet import r2d10, r3d10
-from train.objectives import Loss, motion_classification, motion_prediction, motion_regression, motion_targets
-
-
-class Points(NamedTuple):
-    """What the motion loss compares, row for row a point of the motion grid."""
-
-    predicted: Tensor
-    """(B N, C): unit length for equation (2); else values (C = 2) or logits (C = 2 bins) of dx and dy."""
-    targets: Tensor
-    """(B N, C), or the vectors themselves, (B N, 2)."""
-    negatives: Tensor | None
-    """(B K N, C): points of the negative windows, equation (2) only."""
+from train.objectives import Points, motion_targets
 
 
 class MotionPrediction(nn.Module):
@@ -65,13 +52,6 @@ class MotionPrediction(nn.Module):
         points = flatten_points(self.network(motion.flatten(0, 1)))  # (B (1+K) N, C3)
         embedded = self.target_head(points).unflatten(0, (*motion.shape[:2], -1))  # (B, 1+K, N, C)
         return Points(predicted, embedded[:, 0].flatten(0, 1), embedded[:, 1:].flatten(0, 2))
-
-    def compare(self, points: Points, temperature: float, serves: Tensor | None = None) -> Loss:
-        """The motion loss and its accuracy; `serves` as in `motion_prediction`."""
-        if points.negatives is not None:
-            return motion_prediction(points.predicted, points.targets, points.negatives, temperature, serves=serves)
-        loss = motion_regression if self.loss_name == "mse" else motion_classification
-        return loss(points.predicted, points.targets)
 
 
 class PretrainingModel(nn.Module):

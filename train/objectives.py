@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from train.config import MotionLoss
 from train.distributed import gather_with_gradient, rank
 
 # Memory for the logits of one tile. In equation (2) at batch 512 a row has 100,352 logits, 0.4 MB in float32, and the
@@ -28,10 +29,21 @@ FAR = -1e9  # added to a logit, leaves nothing of its exponential, and remains a
 
 class Loss(NamedTuple):
     """`value`: scalar with gradient. `accuracy`: scalar without, the share of rows whose target scores highest (table
-    7), not-a-number where the loss ranks nothing."""
+    7), None where the loss ranks nothing."""
 
     value: Tensor
-    accuracy: Tensor
+    accuracy: Tensor | None
+
+
+class Points(NamedTuple):
+    """What the motion loss compares, row for row a point of the motion grid."""
+
+    predicted: Tensor
+    """(B N, C): unit length for equation (2); else values (C = 2) or logits (C = 2 bins) of dx and dy."""
+    targets: Tensor
+    """(B N, C), or the vectors themselves, (B N, 2)."""
+    negatives: Tensor | None
+    """(B K N, C): points of the negative windows, equation (2) only."""
 
 
 def context_matching(clips: Tensor, iframes: Tensor, temperature: float) -> Loss:
@@ -79,6 +91,14 @@ def motion_prediction(
             queries, keys = queries.detach(), keys.detach()
         value, accuracy = _TiledMatching.apply(queries, keys, rows, columns, rank() * len(own), temperature, tile_bytes)
     return Loss(value, accuracy)
+
+
+def motion_loss(kind: MotionLoss, points: Points, temperature: float, serves: Tensor | None = None) -> Loss:
+    """The motion loss that the objective names, of what a model found; `serves` as in `motion_prediction`."""
+    if points.negatives is not None:
+        return motion_prediction(points.predicted, points.targets, points.negatives, temperature, serves=serves)
+    loss = motion_regression if kind == "mse" else motion_classification
+    return loss(points.predicted, points.targets)
 
 
 class _TiledMatching(torch.autograd.Function):
@@ -162,11 +182,10 @@ def motion_targets(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def motion_regression(predicted: Tensor, target: Tensor) -> Loss:
-    """Table 1, MSE: predicted (B·N, 2) against `motion_targets` (B·N, 2). It ranks nothing: the accuracy is NaN."""
+    """Table 1, MSE: predicted (B·N, 2) against `motion_targets` (B·N, 2). It ranks nothing."""
     if predicted.shape != target.shape:
         raise ValueError(f"{tuple(predicted.shape)} values for {tuple(target.shape)} targets; both must be (B·N, 2)")
-    value = F.mse_loss(_at_least_float32(predicted), _at_least_float32(target))
-    return Loss(value, torch.full_like(value, float("nan")).detach())
+    return Loss(F.mse_loss(_at_least_float32(predicted), _at_least_float32(target)), None)
 
 
 def motion_classification(logits: Tensor, target: Tensor) -> Loss:

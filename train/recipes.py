@@ -25,9 +25,9 @@ class Recipe:
     base: str = ""
     """The recipe that it differs from in one field."""
 
-    def changes(self) -> list[str]:
-        """The fields in which it differs from its base, as 'name value (base value)'."""
-        return self.config.changes(RECIPES[self.base].config) if self.base else []
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """The field in which it differs from its base: (its value, the base's)."""
+        return self.config.differences(RECIPES[self.base].config) if self.base else {}
 
 
 RECIPES: dict[str, Recipe] = {}
@@ -91,7 +91,7 @@ vary(C3D, "motion", "Table 4, motion vectors alone. R@1 30.4 on UCF101, 14.0 on 
 vary(
     C3D,
     "flow",
-    "Table 4, I-frames and TV-L1 optical flow (shards made with --flow). R@1 43.2 on UCF101, 17.7 on HMDB51.",
+    "Table 4, I-frames and TV-L1 optical flow (python -m preprocess flow). R@1 43.2 on UCF101, 17.7 on HMDB51.",
     {"sampling.motion": "flow"},
 )
 vary(

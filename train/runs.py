@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from preprocess.files import LEFT, write_text
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
-from train.config import Config, flatten
+from train.config import Config, differences, here_and_there
 
 if TYPE_CHECKING:
     import torch
@@ -102,12 +101,10 @@ def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, origi
     if path.exists():
         there = read(out)
         refuse_another(out, Config.from_json(json.dumps(there["config"])), config)
-        mine, theirs = flatten(made_from), flatten(there)
-        differences = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
-        if differences:
+        if differing := differences(made_from, there):
             raise ValueError(
-                f"{out} holds a run that began with other data ({'; '.join(differences)}): give it the manifest, the "
-                "subset, the shards and the pretrained run it began with, or choose another --out"
+                f"{out} holds a run that began with other data ({here_and_there(differing)}): give it the manifest, "
+                "the subset, the shards and the pretrained run it began with, or choose another --out"
             )
     elif (out / "checkpoint.pt").exists():
         raise ValueError(f"{out} holds checkpoint.pt without the run.json that says what made it: choose another --out")
@@ -147,37 +144,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 def refuse_another(out: Path, there: Config, here: Config) -> None:
     """ValueError naming the fields in which the configuration of the run in `out` differs from this one."""
-    differences = here.differences(there)
-    if differences:
-        raise ValueError(f"{out} holds another run ({'; '.join(differences)}): choose another --out")
-
-
-class Metrics:
-    """JSON lines; on a restart the lines after the checkpoint are dropped, since those steps run again."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        self.last: dict[str, Any] = {}
-        """The latest line."""
-        kept = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-                earlier = line["step"] <= step
-            except (ValueError, KeyError, TypeError):  # the line that a kill cut short
-                break
-            if earlier:
-                kept.append(f"{text}\n")
-                self.last = line
-        write_text(path, "".join(kept))
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append a line and see it on the disk, before a checkpoint says that its steps are done."""
-        with open(self.path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        self.last = line
+    if differing := here.differences(there):
+        raise ValueError(f"{out} holds another run ({here_and_there(differing)}): choose another --out")
 
 
 def git_commit() -> str:

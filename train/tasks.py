@@ -1,11 +1,9 @@
-"""What a run optimises: its data, its model and the loss of a batch; the loop knows no more of it than this.
+"""What a run optimises: its data, what the network takes of a batch, and the loss; the loop knows no more of it.
 
 Shapes: B videos, K negative windows, W maps a window, T frames, S and M pixels of clips and of motion maps.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,118 +14,97 @@ from preprocess.shards import Settings, ShardSet
 from train import augment
 from train.config import Config, Finetuning, Pretraining
 from train.data import FinetuneSet, PretrainSet
-from train.model import FinetuningModel, PretrainingModel
-from train.objectives import context_matching, joint
+from train.objectives import Loss, context_matching, joint, motion_loss
 
 Batch = dict[str, Tensor]
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-class Task(Protocol):
-    @property
-    def data(self) -> PretrainSet | FinetuneSet: ...
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    columns: tuple[str, ...]
-    """Names of the numbers that `loss` returns beside the loss, each a mean over the batch."""
-
-    def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """(the loss to be minimised, its parts) of a batch and its `inputs`; `network` is the model, wrapped."""
-
-    def inputs(self, batch: Batch) -> Inputs:
-        """What the model takes of a batch, cropped, flipped and coloured on its device."""
-
-    def about_data(self) -> str:
-        """What the data set leaves out, for the screen."""
+Found = dict[str, Tensor]
+"""The parts of a loss by name, each a mean over the batch: motion_loss, motion_accuracy, ..."""
 
 
 class PretrainingTask:
     """Context matching and motion prediction: equation (3)."""
 
     def __init__(self, config: Pretraining, shards: ShardSet, manifest: Manifest | None) -> None:
-        c, alpha = config, config.objective.alpha
+        c = config
         self.config, self.settings = config, shards.settings
         self.data = PretrainSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed)
-        self.model = PretrainingModel(config)
-        context = ("context_loss", "context_accuracy") if alpha < 1 else ()
-        self.ranks_motion = c.objective.motion_loss != "mse"  # a regression has no accuracy
-        motion = ("motion_loss", "motion_accuracy")[: 2 if self.ranks_motion else 1] if alpha > 0 else ()
-        self.columns = (*context, *motion)
-
-    def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        o = self.config.objective
-        clips, iframes, points = network(*inputs)
-        found: list[Tensor] = []
-        nothing = torch.zeros((), device=inputs[0].device)
-        context_loss = motion_loss = nothing
-        if o.alpha < 1:
-            context = context_matching(clips, iframes, o.context_temperature)
-            context_loss = context.value
-            found += context
-        if o.alpha > 0:
-            future = self.model.motion.compare(points, o.motion_temperature)
-            motion_loss = future.value
-            found += future[: 2 if self.ranks_motion else 1]
-        return joint(context_loss, motion_loss, o.alpha, o.loss_scale), found
+        self.left_out = f"{self.data.dropped} too short"
 
     def inputs(self, batch: Batch) -> Inputs:
+        """What the model takes of a batch, cropped, flipped and coloured on its device."""
         alpha = self.config.objective.alpha
-        return prepare(batch, self.config, self.settings, alpha < 1, alpha > 0)
+        return prepare(batch, self.config, self.settings, with_iframe=alpha < 1, with_motion=alpha > 0)
 
-    def about_data(self) -> str:
-        return f"{self.data.dropped} too short"
+    def loss(self, network: nn.Module, inputs: Inputs, _: Batch) -> tuple[Tensor, Found]:
+        """The loss to be minimised, and its parts."""
+        o, found = self.config.objective, Found()
+        clips, iframes, points = network(*inputs)
+        context = motion = torch.zeros((), device=inputs[0].device)
+        if clips is not None:
+            matching = context_matching(clips, iframes, o.context_temperature)
+            context = matching.value
+            found |= named("context", matching)
+        if points is not None:
+            future = motion_loss(o.motion_loss, points, o.motion_temperature)
+            motion = future.value
+            found |= named("motion", future)
+        return joint(context, motion, o.alpha, o.loss_scale), found
 
 
 class FinetuningTask:
     """Classification, and motion prediction beside it where that has a weight (table 6)."""
 
     def __init__(self, config: Finetuning, shards: ShardSet, manifest: Manifest | None) -> None:
-        c, self.weight = config, config.supervision.motion_weight
+        c, self.with_motion = config, config.supervision.motion_weight > 0
         self.config, self.settings = config, shards.settings
-        self.data = FinetuneSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, self.weight > 0)
-        self.model = FinetuningModel(config, len(shards.classes))
-        motion = ("motion_loss", "motion_accuracy") if self.weight > 0 else ()
-        self.columns = ("class_loss", "class_accuracy", *motion)
-
-    def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        clip, _, motion = inputs
-        scores, points = network(clip, motion)  # (B, classes)
-        loss = F.cross_entropy(scores, batch["label"])
-        found = [loss, (scores.argmax(1) == batch["label"]).float().mean()]
-        if self.weight > 0:
-            temperature = self.config.supervision.motion_temperature
-            motion_loss = self.model.motion.compare(points, temperature, batch["serves"])
-            loss = loss + self.weight * motion_loss.value
-            found += motion_loss
-        return loss, found
+        self.data = FinetuneSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, self.with_motion)
+        unserved = f"{self.data.unserved} too short for motion prediction"
+        self.left_out = unserved if self.with_motion else "none dropped"
 
     def inputs(self, batch: Batch) -> Inputs:
-        return prepare(batch, self.config, self.settings, False, self.weight > 0)
+        return prepare(batch, self.config, self.settings, with_iframe=False, with_motion=self.with_motion)
 
-    def about_data(self) -> str:
-        return f"{self.data.unserved} too short for motion prediction" if self.weight > 0 else "none dropped"
+    def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, Found]:
+        s, (clip, _, motion) = self.config.supervision, inputs
+        scores, points = network(clip, motion)  # (B, classes)
+        loss = F.cross_entropy(scores, batch["label"])
+        found = named("class", Loss(loss, (scores.argmax(1) == batch["label"]).float().mean()))
+        if points is not None:
+            future = motion_loss("infonce", points, s.motion_temperature, batch["serves"])
+            loss = loss + s.motion_weight * future.value
+            found |= named("motion", future)
+        return loss, found
 
 
-def make_task(config: Config, shards: ShardSet, manifest: Manifest | None) -> PretrainingTask | FinetuningTask:
-    """The task of a configuration, its model fresh from torch's generator."""
+Task = PretrainingTask | FinetuningTask
+
+
+def make_task(config: Config, shards: ShardSet, manifest: Manifest | None) -> Task:
+    """The task of a configuration."""
     if isinstance(config, Pretraining):
         return PretrainingTask(config, shards, manifest)
     assert isinstance(config, Finetuning)
     return FinetuningTask(config, shards, manifest)
 
 
+def named(task: str, loss: Loss) -> Found:
+    """A loss and its accuracy, where it has one, as metrics."""
+    found = {f"{task}_loss": loss.value}
+    return found if loss.accuracy is None else found | {f"{task}_accuracy": loss.accuracy}
+
+
 @torch.no_grad()
 def prepare(batch: Batch, config: Config, settings: Settings, with_iframe: bool, with_motion: bool) -> Inputs:
     """Clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M); None where not wanted."""
-    size, taps = config.size, config.photometric.blur_taps
-    clip = augment.crop(batch["clip"], batch["clip_box"], batch["clip_flip"], size)
-    clip = augment.normalise(augment.photometric(clip, batch["clip_photo"], taps))
-    iframe = motion = None
-    if with_iframe:
-        iframe = augment.crop(batch["iframe"][:, None], batch["iframe_box"], batch["iframe_flip"], size)
-        iframe = augment.normalise(augment.photometric(iframe, batch["iframe_photo"], taps))
+
+    def coloured(frames: Tensor, of: str) -> Tensor:
+        pixels = augment.crop(frames, batch[f"{of}_box"], batch[f"{of}_flip"], config.size)
+        return augment.normalise(augment.photometric(pixels, batch[f"{of}_photo"], config.photometric.blur_taps))
+
+    clip = coloured(batch["clip"], "clip")
+    iframe = coloured(batch["iframe"][:, None], "iframe") if with_iframe else None
+    motion = None
     if with_motion:
         windows, boxes, flips = (batch[k].flatten(0, 1) for k in ("motion", "motion_box", "motion_flip"))
         motion = augment.crop_motion(windows, boxes, flips, config.motion_size, settings.width, settings.height)

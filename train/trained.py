@@ -1,4 +1,4 @@
-"""A run that has been trained, at one state of its weights: what evaluations and exports begin with."""
+"""A run that has been trained, at one state of its weights: what evaluations, exports and fine-tuning begin with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from train import checkpoint, runs
-from train.config import Config
+from train.config import Config, Finetuning, here_and_there
 from train.model import FinetuningModel, PretrainingModel, build_model
 
 
@@ -41,10 +41,10 @@ def load_run(folder: Path, weights: str = "last") -> Run:
     if weights != "initial":
         saved = checkpoint.weights_path(folder, weights)
         state = checkpoint.load(saved)
-        if differences := config.differences(Config.from_json(state["config"])):
+        if differing := config.differences(Config.from_json(state["config"])):
             raise ValueError(
-                f"{saved} is not of the run that {folder / 'run.json'} describes ({'; '.join(differences)}): one of "
-                "the two was put there from elsewhere"
+                f"{saved} is not of the run that {folder / 'run.json'} describes ({here_and_there(differing)}): one "
+                "of the two was put there from elsewhere"
             )
         checkpoint.load_weights(model, state["model"], saved)
         epoch = float(state["epoch"])
@@ -59,3 +59,24 @@ def load_pretrained(folder: Path, weights: str = "last") -> runs.Pretrained:
     config, epoch = Config.from_json(json.dumps(about["config"])), float(state["epoch"])
     names = (about["recipe"], about["trained_on"], weights)
     return runs.Pretrained(folder, config, *names, epoch, video, checkpoint.sha256(video))
+
+
+def begin_from(pretrained: runs.Pretrained | None, config: Config, model: PretrainingModel | FinetuningModel) -> None:
+    """Give the V-Network the weights of a pretraining run, where the configuration wants them."""
+    wanted = isinstance(config, Finetuning) and config.supervision.start == "pretrained"
+    if pretrained is None:
+        if wanted:
+            raise ValueError(
+                "this recipe begins from a pretrained network: name its run with --pretrained RUN, or take the recipe "
+                "that begins from scratch"
+            )
+        return
+    if not wanted:
+        raise ValueError("--pretrained was given, but this recipe begins from scratch; take a finetune recipe")
+    mine, theirs = config.networks, pretrained.config.networks
+    if (mine.backbone, mine.width) != (theirs.backbone, theirs.width):
+        raise ValueError(
+            f"{pretrained.folder} holds a {theirs.backbone} of width {theirs.width}, this recipe a {mine.backbone} of "
+            f"width {mine.width}; take the recipe of that backbone"
+        )
+    checkpoint.load_weights(model.video, pretrained.video, pretrained.folder)

@@ -16,7 +16,7 @@ from preprocess.files import replacing
 from preprocess.manifest import Manifest, dataset_name
 from preprocess.shards import ShardSet
 from train import runs
-from train.config import Config
+from train.config import Config, here_and_there
 from train.recipes import RECIPES
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "data_manifests"
@@ -180,7 +180,7 @@ def _settings(row: Row) -> str:
             made = runs.read(folder)
             if made["config_sha256"] != row["config_sha256"]:
                 return f"its settings (config_sha256) are not those of the run in {folder}"
-            which = "; ".join(wanted.differences(Config.from_json(json.dumps(made["config"]))))
+            which = here_and_there(wanted.differences(Config.from_json(json.dumps(made["config"]))))
         except (ValueError, KeyError) as error:
             return f"the run in {folder} cannot be read: {error}"
     if wanted.sha256() != row["config_sha256"]:
