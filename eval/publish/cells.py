@@ -1,26 +1,31 @@
-"""Which result fills which cell: tables 1 to 9 of the paper as data, and two tables of our own of the same form."""
+"""Which result fills which cell: tables 1 to 9 of the paper as data, and two tables of our own of the same form.
+
+A line of paper.csv is a cell as it was published; where one of our runs gives it too, the line goes on with that run.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from eval.results import Row
 from train.config import Finetuning
-from train.recipes import BACKBONES, RECIPES
+from train.recipes import RECIPES
 
 PAPER = Path(__file__).with_name("paper.csv")
 NINE = tuple("123456789")
-FAMILIES = ("scenes", "small")
-"""Recipes beside the paper, by their first word; each is a table."""
+FAMILIES = {
+    "scenes": {f"{part} R@1": f"{part} R@1" for part in ("context", "motion", "both")},
+    "small": {"R@1": "class R@1", "R@5": "class R@5"},
+}
+"""Recipes beside the paper, by their first word; each is a table. Columns of retrieval, with their metrics."""
 STEMS = {"ucf101": "ucf101_split1", "hmdb51": "hmdb51_split1"}
 """Manifest of a data set; of the others any will do. The paper has split 1 everywhere."""
-SOURCES = {"ucf101": "UCF101", "k400": "Kinetics-400"}
-"""Data sets to pretrain on."""
 EPOCHS = (1, 5, 10, 20, 50, 120)
-C3D = "pretrain-ucf101-c3d"
+"""Of the columns of tables 3 and 7."""
 TITLES = {
     "1": "Motion prediction: period, loss and encoder-decoder. Video retrieval, R@1",
     "2": "Fine-tuning, from scratch and from pretrained networks. Action recognition, top-1",
@@ -51,7 +56,7 @@ class Cell:
     epoch: int
     network: str = "video"
     pretraining: str = ""
-    """Recipe that the run began from."""
+    """Recipe that the run began from; empty where it began from none."""
 
     def fits(self, row: Row, dataset: str = "") -> bool:
         """Whether a row has this cell's number; `dataset` names the manifest of a small table."""
@@ -70,12 +75,39 @@ class Cell:
 
 @dataclass(frozen=True)
 class Published:
+    """A cell of the paper."""
+
     table: str
     row: str
     column: str
     value: str
     """A number, a text (year, pretrained, resolution, architecture), or empty where the paper has a dash."""
     note: str
+    cell: Cell | None
+    """What gives it here, where one of our runs does."""
+
+
+@cache
+def published(path: Path = PAPER) -> tuple[Published, ...]:
+    """Every cell of the nine tables, in the paper's order."""
+    found = []
+    with open(path, newline="", encoding="utf-8") as f:
+        for line in csv.DictReader(f):
+            value, note, epoch = line.pop("value"), line.pop("note"), line.pop("epoch")
+            place = {key: line[key] for key in ("table", "row", "column")}
+            cell = Cell(**line, epoch=int(epoch)) if epoch else None
+            found.append(Published(**place, value=value, note=note, cell=cell))
+    return tuple(found)
+
+
+def cells(tables: Iterable[str] = (*NINE, *FAMILIES)) -> list[Cell]:
+    """Every cell of some tables that one of our runs fills, in their order."""
+    found: list[Cell] = []
+    for table in tables:
+        if table not in TITLES:
+            raise ValueError(f"there is no table {table}; there are {', '.join(TITLES)}")
+        found += _family(table) if table in FAMILIES else [p.cell for p in published() if p.table == table and p.cell]
+    return found
 
 
 def trained_on(recipe: str) -> str:
@@ -84,144 +116,26 @@ def trained_on(recipe: str) -> str:
     return words[0] if words[0] in FAMILIES else words[1]
 
 
-def published(path: Path = PAPER) -> list[Published]:
-    with open(path, newline="", encoding="utf-8") as f:
-        return [Published(**line) for line in csv.DictReader(f)]
+def _family(family: str) -> list[Cell]:
+    """The untrained network, every recipe of a family (retrieval of a pretrained one, accuracy of the others), and, as
+    in table 5, the two networks that are trained beside the V-Network."""
 
+    def retrieval(row: str, recipe: str, epoch: int, network: str = "video") -> list[Cell]:
+        place = FAMILIES[family].items()
+        return [Cell(family, row, c, "retrieval", recipe, family, metric, epoch, network) for c, metric in place]
 
-def cells(tables: Iterable[str] = (*NINE, *FAMILIES)) -> list[Cell]:
-    """Every cell of some tables that one of our runs fills, in the paper's order."""
-    found: list[Cell] = []
-    for table in tables:
-        if table not in MAKERS:
-            raise ValueError(f"there is no table {table}; there are {', '.join(MAKERS)}")
-        found += MAKERS[table]()
-    return found
-
-
-def _retrieval(table: str, row: str, recipe: str, ks: Sequence[int], network: str = "video") -> list[Cell]:
-    return [
-        Cell(table, row, f"{data.upper()} R@{k}", "retrieval", recipe, data, f"class R@{k}", 120, network)
-        for data in STEMS
-        for k in ks
-    ]
-
-
-def _accuracy(
-    table: str, row: str, column: str, recipe: str, pretraining: str = "", k: int = 1, epoch: int = 120
-) -> Cell:
-    data = trained_on(recipe)
-    return Cell(table, row, column, "classification", recipe, data, f"top-{k}", epoch, pretraining=pretraining)
-
-
-def _one() -> Iterator[Cell]:
-    for row, ending in {
-        "current, InfoNCE, Transformer": "-current",
-        "future, cross-entropy, Transformer": "-crossent",
-        "future, MSE, Transformer": "-mse",
-        "future, InfoNCE, ConvGRU": "-convgru",
-        "future, InfoNCE, Transformer": "",
-    }.items():
-        yield from _retrieval("1", row, C3D + ending, (1,))
-
-
-def _two() -> Iterator[Cell]:
-    for backbone, row in BACKBONES.items():
-        for data in STEMS:
-            column = data.upper()
-            yield _accuracy("2", row, f"{column} scratch", f"scratch-{data}-{backbone}")
-            for source, name in SOURCES.items():
-                recipe, pretraining = f"finetune-{data}-{backbone}", f"pretrain-{source}-{backbone}"
-                yield _accuracy("2", row, f"{column} from {name}", recipe, pretraining)
-
-
-def _three() -> Iterator[Cell]:
-    for row, start, pretraining in (
-        ("scratch", "scratch", ""),
-        ("UCF101", "finetune", "pretrain-ucf101-r2plus1d26"),
-        ("Kinetics-400", "finetune", "pretrain-k400-r2plus1d26"),
-    ):
-        for epoch in EPOCHS:
-            yield _accuracy("3", row, f"epoch {epoch}", f"{start}-ucf101-r2plus1d26", pretraining, epoch=epoch)
-
-
-def _four() -> Iterator[Cell]:
-    for row, ending in {
-        "I-frames": "-context",
-        "motion vectors": "-motion",
-        "I-frames + optical flow": "-flow",
-        "I-frames + motion vectors": "",
-    }.items():
-        yield from _retrieval("4", row, C3D + ending, (1, 5))
-
-
-def _five() -> Iterator[Cell]:
-    for row, network in {"I-Network": "iframe", "M-Network": "motion", "V-Network": "video"}.items():
-        yield from _retrieval("5", row, C3D, (1, 5), network)
-
-
-def _six() -> Iterator[Cell]:
-    for backbone, name in BACKBONES.items():
-        for start, ending in (("scratch", ""), ("regularised", " with regularisation")):
-            for data in STEMS:
-                for k in (1, 5):
-                    yield _accuracy("6", name + ending, f"{data.upper()} top-{k}", f"{start}-{data}-{backbone}", k=k)
-
-
-def _seven() -> Iterator[Cell]:
-    for row, kind, metric in (
-        ("context matching", "pretext", "context accuracy"),
-        ("motion prediction", "pretext", "motion accuracy"),
-        ("video retrieval", "retrieval", "class R@1"),
-    ):
-        for epoch in EPOCHS:
-            yield Cell("7", row, f"epoch {epoch}", kind, C3D, "hmdb51", metric, epoch)
-
-
-def _eight() -> Iterator[Cell]:
-    for source, title in SOURCES.items():
-        for backbone, name in BACKBONES.items():
-            for data in STEMS:
-                recipe, pretraining = f"finetune-{data}-{backbone}", f"pretrain-{source}-{backbone}"
-                yield _accuracy("8", f"Ours, {name} from {title}", f"{data.upper()} top-1", recipe, pretraining)
-
-
-def _nine() -> Iterator[Cell]:
-    for backbone, name in BACKBONES.items():
-        yield from _retrieval("9", f"Ours ({name})", f"pretrain-ucf101-{backbone}", (1, 5, 10, 20))
-
-
-def _scenes() -> Iterator[Cell]:
-    return _family("scenes", {f"{part} R@1": f"{part} R@1" for part in ("context", "motion", "both")})
-
-
-def _small() -> Iterator[Cell]:
-    return _family("small", {"R@1": "class R@1", "R@5": "class R@5"})
-
-
-def _family(family: str, metrics: dict[str, str]) -> Iterator[Cell]:
-    """The untrained network, every recipe of a family (retrieval of a pretrained one, by column and metric; accuracy of
-    the others), and, as in table 5, the two networks that are trained beside the V-Network."""
-
-    def retrieval(row: str, recipe: str, epoch: int, network: str = "video") -> Iterator[Cell]:
-        for column, metric in metrics.items():
-            yield Cell(family, row, column, "retrieval", recipe, family, metric, epoch, network)
-
-    yield from retrieval("untrained", family, 0)
+    found, beside = retrieval("untrained", family, 0), []
     for recipe, made in RECIPES.items():
+        epochs = made.config.epochs
         if trained_on(recipe) != family:
             continue
         if isinstance(made.config, Finetuning):
             began = family if made.config.supervision.start == "pretrained" else ""
-            yield _accuracy(family, recipe, "top-1", recipe, began, epoch=made.config.epochs)
+            what = ("top-1", "classification", recipe, family, "top-1", epochs)
+            found.append(Cell(family, recipe, *what, pretraining=began))
         else:
-            yield from retrieval(recipe, recipe, made.config.epochs)
-    for name, network in (("I-Network", "iframe"), ("M-Network", "motion")) if family in RECIPES else ():
-        yield from retrieval(f"{name}, untrained", family, 0, network)
-        yield from retrieval(f"{name}, {family}", family, RECIPES[family].config.epochs, network)
-
-
-MAKERS: dict[str, Callable[[], Iterable[Cell]]] = {
-    "1": _one, "2": _two, "3": _three, "4": _four, "5": _five, "6": _six, "7": _seven, "8": _eight, "9": _nine,
-    "scenes": _scenes, "small": _small,
-}  # fmt: skip
+            found += retrieval(recipe, recipe, epochs)
+        for name, network in (("I-Network", "iframe"), ("M-Network", "motion")) if recipe == family else ():
+            beside += retrieval(f"{name}, untrained", family, 0, network)
+            beside += retrieval(f"{name}, {recipe}", family, epochs, network)
+    return found + beside

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval import figures
 from eval.publish.cells import EPOCHS
 from eval.publish.tables import Table
@@ -138,6 +140,5 @@ def training_curves(folder: Path) -> Iterator[tuple[str, list[str], str]]:
 
 def _thinned(points: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
     """At most POINTS points, each the mean of its neighbours."""
-    size = -(-len(points) // POINTS)
-    groups = [points[n : n + size] for n in range(0, len(points), size)]
-    return [(sum(x for x, _, _ in g) / len(g), sum(y for _, y, _ in g) / len(g), 0.0) for g in groups]
+    groups = np.array_split(np.array(points), min(POINTS, len(points)))
+    return [tuple(group.mean(0).tolist()) for group in groups]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.publish.cells import FAMILIES, NINE, TITLES, Cell, cells, published
@@ -93,36 +93,34 @@ class Table:
         return any(self.at(row, c).cell for c in self.columns)
 
 
-def build(found: Sequence[Row], names: Iterable[str] = (*NINE, *FAMILIES)) -> list[Table]:
+def build(rows: Sequence[Row], names: Iterable[str] = (*NINE, *FAMILIES)) -> list[Table]:
     """The tables of sound rows (`collect.check`); a family of small recipes has one for each data set it ran on."""
-    paper = published()
     tables = []
     for name in names:
-        mine = cells([name])
         if name in NINE:
-            entries = {(p.row, p.column): Entry(p.value, p.note) for p in paper if p.table == name}
-            tables.append(_table(name, TITLES[name], entries, mine, found, ""))
+            entries = {(p.row, p.column): Entry(p.value, p.note, p.cell) for p in published() if p.table == name}
+            tables.append(_table(name, TITLES[name], entries, rows))
             continue
-        where = sorted({r["dataset"] for r in found if r["recipe"].split("-")[0] == name}) or [""]
-        for dataset in where:
+        entries = {(cell.row, cell.column): Entry(cell=cell) for cell in cells([name])}
+        for dataset in sorted({r["dataset"] for r in rows if r["recipe"].split("-")[0] == name}) or [""]:
             label = name if dataset in ("", name) else f"{name} on {dataset}"
-            tables.append(_table(label, TITLES[name], {}, mine, found, dataset))
+            tables.append(_table(label, TITLES[name], entries, rows, dataset))
     return tables
 
 
 def _table(
-    name: str, title: str, entries: dict[tuple[str, str], Entry], mine: list[Cell], found: Sequence[Row], dataset: str
+    name: str, title: str, entries: Mapping[tuple[str, str], Entry], rows: Sequence[Row], dataset: str = ""
 ) -> Table:
-    for cell in mine:
-        there = entries.get((cell.row, cell.column), Entry())
-        newest: dict[int, Row] = {}
-        for row in sorted(found, key=lambda r: (r["when"], r["id"])):
-            if cell.fits(row, dataset):
-                newest[row["seed"]] = row
-        value = Value(tuple(newest[s] for s in sorted(newest)), cell.metric) if newest else None
-        entries[cell.row, cell.column] = Entry(there.paper, there.note, cell, value)
-    rows, columns = zip(*entries)
-    return Table(name, title, tuple(dict.fromkeys(rows)), tuple(dict.fromkeys(columns)), entries)
+    """The table of some entries, with what ran here for their cells."""
+    filled = {place: replace(e, value=_value(e.cell, rows, dataset)) for place, e in entries.items()}
+    lines, columns = zip(*filled)
+    return Table(name, title, tuple(dict.fromkeys(lines)), tuple(dict.fromkeys(columns)), filled)
+
+
+def _value(cell: Cell | None, rows: Sequence[Row], dataset: str) -> Value | None:
+    fitting = sorted((r for r in rows if cell and cell.fits(r, dataset)), key=lambda r: (r["when"], r["id"]))
+    newest = {row["seed"]: row for row in fitting}
+    return Value(tuple(newest[seed] for seed in sorted(newest)), cell.metric) if cell and newest else None
 
 
 def markdown(table: Table) -> str:
