@@ -47,7 +47,7 @@ def run_limit(video: str, out: Path) -> int:
     frames = 0
     while batch := [*islice(packets, BATCH)]:
         frames += sum(len(decoder.decode(packet)) for packet in batch)
-    return frames + len(decoder.decode(None))
+    return frames
 
 
 def limit_packets(video: str) -> Iterator[av.Packet]:

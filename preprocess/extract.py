@@ -71,17 +71,11 @@ def decoded(packets: Iterable[av.Packet]) -> Iterator[tuple[av.VideoFrame, bytes
     source = iter(packets)
     while batch := [*islice(source, BATCH)]:
         for packet in batch:
-            for frame in decoder.decode(packet):
-                yield frame, _vectors(frame)
-    for frame in decoder.decode(None):
-        yield frame, _vectors(frame)
-
-
-def _vectors(frame: av.VideoFrame) -> bytes:
-    # Not frame.side_data: it ties frame and side data into a cycle, so that frames by the dozen wait for the garbage
-    # collector, and every new one is fresh memory. That takes a third of the time that decoding takes.
-    vectors = SideDataContainer(frame).get("MOTION_VECTORS")  # type: ignore[call-arg]  # not in the stubs
-    return b"" if vectors is None else bytes(vectors)
+            for frame in decoder.decode(packet):  # without B-frames a packet is a frame, and none is held back
+                # Not frame.side_data: it ties frame and side data into a cycle, so that frames by the dozen wait for
+                # the garbage collector, and every new one is fresh memory. That takes a third of what decoding takes.
+                vectors = SideDataContainer(frame).get("MOTION_VECTORS")  # type: ignore[call-arg]  # not in the stubs
+                yield frame, b"" if vectors is None else bytes(vectors)
 
 
 def grids(records: Sequence[bytes], settings: Settings) -> np.ndarray:

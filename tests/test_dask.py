@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import panned, write_video
+from conftest import make_shards, panned, write_video
 
+from preprocess import pipeline
 from preprocess.manifest import Manifest
 
 pytest.importorskip("distributed", reason="Dask is not installed: pip install '.[cluster]'")
@@ -75,6 +77,16 @@ def test_a_cluster_makes_the_same_bytes_and_collects_failures(cluster: str, tmp_
     assert "3.mp4" in spread.stderr
     again = run(manifest, tmp_path / "videos", tmp_path / "spread", "--backend", "dask", "--scheduler", cluster)
     assert "0 shards made, 4 already there" in again.stdout
+
+
+def test_progress_counts_the_shards_that_a_cluster_finishes(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "LOG_SECONDS", 0.0)
+    names = [f"{n}.mp4" for n in range(3)]
+    make_shards(tmp_path, tmp_path, names, videos_per_shard=2, backend="dask", scheduler=cluster)  # all are missing
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and re.fullmatch(r"3 of 3 videos, 0 frames/s, 3 failed", said[-1])
 
 
 def test_backend_and_scheduler_go_together(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from conftest import ROOT, make_shards, panned, write_video
+from test_restart import session, wait_for
 
 from preprocess import check
 from preprocess.codec import Codec, plain
@@ -397,7 +398,7 @@ def test_decoders_that_die_or_hang_end_as_one_row_each(tmp_path: Path, monkeypat
         np.testing.assert_array_equal(ours[column], theirs[column])
 
 
-STOPPED = """
+BAD_RUN = """
 import sys
 from pathlib import Path
 from preprocess import codec, pipeline
@@ -410,13 +411,25 @@ pipeline.run(folder / "manifest.csv", folder, folder / "shards", Settings(), **o
 """
 
 
+def bad_run(folder: Path, *names: str) -> subprocess.Popen[str]:
+    """A run in a process of its own over videos that do to the decoder what their names say."""
+    (folder / "bad_codec.py").write_text(BAD_CODEC)
+    Manifest(names, ("",) * len(names), ("",) * len(names)).write(folder / "manifest.csv")
+    command = [sys.executable, "-c", BAD_RUN, str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
 def test_an_error_in_one_worker_stops_those_that_are_busy(tmp_path: Path) -> None:
-    (tmp_path / "bad_codec.py").write_text(BAD_CODEC)
-    Manifest(("full.mp4", "hang.mp4"), ("", ""), ("", "")).write(tmp_path / "manifest.csv")
-    done = subprocess.run(
-        [sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.stderr.splitlines()[-1].startswith("OSError") and "No space left on device" in done.stderr
+    errors = bad_run(tmp_path, "full.mp4", "hang.mp4").communicate(timeout=120)[1]
+    assert errors.splitlines()[-1].startswith("OSError") and "No space left on device" in errors
+
+
+def test_a_killed_run_takes_busy_decoders_with_it(tmp_path: Path) -> None:
+    run = bad_run(tmp_path, "hang0.mp4", "hang1.mp4")
+    wait_for(lambda: len(list(tmp_path.glob("*.flag"))) == 2, "both decoders to hang")
+    run.kill()
+    run.communicate()
+    wait_for(lambda: not session(run.pid), "the decoders to end")
 
 
 def test_a_decoder_that_does_not_start_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
