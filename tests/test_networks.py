@@ -78,7 +78,7 @@ def test_shapes_of_the_small_networks_match_the_small_motion_map() -> None:
     assert meta_shape(on_meta(lambda: r2d10(width=16)), 2, 3, 1, 64, 64) == (2, 128, 1, 2, 2)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(1, 33), st.integers(16, 130), st.integers(16, 130), st.sampled_from([1, 2]))
 def test_grids_are_those_of_the_maps(frames: int, height: int, width: int, stride: int) -> None:
     resnet = on_meta(lambda: r3d10(width=2, stem_stride=stride))

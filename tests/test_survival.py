@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -46,23 +47,27 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
     assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
 
 
-def stop_at(command: list[str], out: Path, step: int, number: int) -> tuple[int, str]:
+def stop_at(arguments: list[str], out: Path, step: int, number: int) -> tuple[int, str]:
     """Start a command, signal it and its workers once it has written a step; exit status and standard error."""
-    metrics = out / "metrics.jsonl"
+    metrics, errors = out / "metrics.jsonl", out.with_name("errors")
     before = metrics.stat().st_ino if metrics.exists() else 0  # a start puts a new file in place of the old one
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=one_thread(), start_new_session=True, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    while process.poll() is None:
+    child = os.fork()  # rather than a program of its own, which would import torch for seconds
+    if not child:
+        os.setsid()
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w", buffering=1)
+        try:
+            os._exit(command.main(arguments[3:]))
+        finally:
+            os._exit(99)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if metrics.exists() and metrics.stat().st_ino != before:
             written = [json.loads(t)["step"] for t in metrics.read_text().splitlines() if t.endswith("}")]
             if written and written[-1] >= step:
-                os.killpg(process.pid, number)
+                os.killpg(child, number)
+                ended = os.waitpid(child, 0)
                 break
         time.sleep(0.005)
-    errors = process.communicate(timeout=120)[1]
-    return process.returncode, errors
+    return os.waitstatus_to_exitcode(ended[1]), errors.read_text()
 
 
 def survive(tiny: Tiny, tmp_path: Path, signals: list[int], config: Config, seed: int) -> None:
@@ -178,7 +183,7 @@ def _train_for_long(tiny: Tiny, out: Path) -> None:
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tiny: Tiny, tmp_path: Path) -> None:
-    first = multiprocessing.get_context("spawn").Process(target=_train_for_long, args=(tiny, tmp_path))
+    first = multiprocessing.get_context("fork").Process(target=_train_for_long, args=(tiny, tmp_path))
     first.start()
     try:
         while not (tmp_path / "checkpoint.pt").exists():
