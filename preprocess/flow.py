@@ -9,10 +9,8 @@ proportion, but would lose the slow and small motion that flow is there to show.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -31,25 +29,8 @@ BLACK, WHITE = 16, 235  # of limited-range luma, which MPEG-4 is
 MOST = -INTRA - 1  # quarter pixels; one more, and its negative would read as no vector
 
 
-@dataclass(frozen=True)
-class Task:
-    """The flow of one shard to compute."""
-
-    shard: Shard
-    videos: Path
-    versions: dict[str, str]
-    time_limit: float
-
-
-class Summary(NamedTuple):
-    """What a run ends with: files of flow made and already there."""
-
-    made: int
-    skipped: int
-
-
-def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0) -> Summary:
-    """Compute the optical flow of every shard that has none, and write it beside the shard.
+def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0) -> tuple[int, int]:
+    """Compute the optical flow of every shard that has none, and write it beside the shard; (made, already there).
 
     Raises ValueError where the flow that is there belongs to other shards, where the extra is missing, or where a video
     is not the one that the shard holds.
@@ -61,10 +42,14 @@ def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0)
     except PackageNotFoundError as error:
         raise ValueError("optical flow needs scikit-image: pip install '.[preprocess,flow]'") from error
     shards = ShardSet(folder).shards
-    todo = [Task(shard, videos.absolute(), versions, time_limit) for shard in shards if not _has_flow(shard)]
-    with Progress(sum(len(task.shard) for task in todo)) as progress:
-        spread(lambda task, codec: make_flow(task, codec, progress), todo, workers)
-    return Summary(len(todo), len(shards) - len(todo))
+    todo = [shard for shard in shards if not _has_flow(shard)]
+    with Progress(sum(map(len, todo))) as progress:
+
+        def make(shard: Shard, codec: Codec) -> Path:
+            return make_flow(shard, videos.absolute(), versions, time_limit, codec, progress)
+
+        spread(make, todo, workers)
+    return len(todo), len(shards) - len(todo)
 
 
 def _has_flow(shard: Shard) -> bool:
@@ -72,14 +57,15 @@ def _has_flow(shard: Shard) -> bool:
     return flow_path(shard.path).exists() and shard.flow is not None
 
 
-def make_flow(task: Task, codec: Codec, progress: Progress) -> Path:
+def make_flow(
+    shard: Shard, videos: Path, versions: dict[str, str], time_limit: float, codec: Codec, progress: Progress
+) -> Path:
     """The flow of one shard, from its videos encoded again. Raises ValueError where they are not those it holds."""
-    shard = task.shard
     with working(flow_path(shard.path), ("flow",)) as spool:
         for path, held in zip(shard.paths, np.diff(shard.frame_offset).tolist()):
-            source = task.videos / path
+            source = videos / path
             try:
-                frames = codec.run("flow", source, spool, shard.settings, task.time_limit)["frames"]
+                frames = codec.run("flow", source, spool, shard.settings, time_limit)["frames"]
                 fault = "" if frames == held else f"it has {frames} frames, and the shard holds {held}"
             except CodecError as error:
                 fault = plain(str(error), source, path)
@@ -89,7 +75,7 @@ def make_flow(task: Task, codec: Codec, progress: Progress) -> Path:
                     "from as --videos"
                 )
             progress.add(1, frames)
-        return write_flow(shard, task.versions, spool)
+        return write_flow(shard, versions, spool)
 
 
 def maps(pictures: Iterable[av.VideoFrame], settings: Settings) -> Iterator[np.ndarray]:

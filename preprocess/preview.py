@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -90,27 +90,13 @@ def animation(shard_set: ShardSet, video: int, out_mp4: Path) -> Path:
     ValueError where PyAV or matplotlib is missing.
     """
     try:
-        import av
+        from preprocess.encode import film
     except ImportError as error:
         raise ValueError("a clip needs PyAV: pip install av, or ask for a .png") from error
     view = _View.of(shard_set, video)
-    name, options = "libx264", {"crf": "18", "preset": "veryfast"}
-    if name not in av.codecs_available:
-        name, options = "mpeg4", {"qmin": "2", "qmax": "4"}
-    rate = frame_rate(view.fps)
-    out_mp4 = Path(out_mp4)
-    with replacing(out_mp4) as partial, av.open(str(partial), "w", format="mp4") as container:
-        stream: Any = None
-        for t, picture in enumerate(_clip_pictures(view)):
-            if stream is None:
-                stream = container.add_stream(name, rate=rate, options=options)
-                stream.height, stream.width = picture.shape[:2]
-                stream.pix_fmt = "yuv420p"
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = t, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return out_mp4
+    with replacing(Path(out_mp4)) as partial:
+        film(partial, _clip_pictures(view), frame_rate(view.fps))
+    return Path(out_mp4)
 
 
 def frame_rate(fps: float) -> Fraction:
@@ -137,8 +123,6 @@ class _View:
 
     @classmethod
     def of(cls, shard_set: ShardSet, number: int) -> _View:
-        if not 0 <= number < len(shard_set):
-            raise ValueError(f"video {number}: this set has videos 0 to {len(shard_set) - 1}")
         shard, index = shard_set.locate(number)
         start, stop = (int(f) for f in shard.frame_offset[index : index + 2])
         label = int(shard.label[index])
@@ -154,7 +138,7 @@ class _View:
             shard=shard,
             index=index,
             path=_printable(shard.paths[index]),
-            label=_shorten(_printable(shard.classes[label]), 60) if label >= 0 else "unlabelled",
+            label=_shorten(_printable(shard.origin.classes[label]), 60) if label >= 0 else "unlabelled",
             fps=float(shard.fps[index]),
             encoded=(shard.settings.width, shard.settings.height),
             mean=mean,
@@ -170,15 +154,15 @@ class _View:
 
     @property
     def facts(self) -> str:
-        height, width = (int(n) for n in self.shard.source_size[self.index])
-        errors = int(self.shard.decode_errors[self.index])
+        height, width = self.shard.source_size[self.index].tolist()
         parts = [
             self.label,
-            f"{_count(len(self.mean), 'frame')} ({_count(len(self.i_frames), 'I-frame')})",
+            f"frames: {len(self.mean)}, I-frames: {len(self.i_frames)}",
             f"{self.fps:.4g} fps" if self.fps > 0 else "frame rate unknown",
             f"source {width}×{height}, encoded {self.encoded[0]}×{self.encoded[1]}",
+            f"packets that did not decode: {self.shard.decode_errors[self.index]}",
         ]
-        return SEPARATOR.join([*parts, f"{_count(errors, 'packet')} did not decode"] if errors else parts)
+        return SEPARATOR.join(parts)
 
     def caption(self, t: int) -> str:
         kind = "I-frame, no vectors" if t in self.i_frames else f"mean motion {self.mean[t]:.1f} px"
@@ -297,18 +281,13 @@ def _find(shard_set: ShardSet, path: str) -> int:
     paths = shard_set.paths
     if path in paths:
         return paths.index(path)
-    # People give a bare file name, or the path from their own folder, as often as the manifest's path.
-    same_name = [p for p in paths if Path(p).name == Path(path).name]
-    close = (same_name or difflib.get_close_matches(path, paths, n=3, cutoff=0.5))[:3]
     for failure in shard_set.failed:
         if failure.path == path:
             raise ValueError(f"{path} could not be stored, so there is nothing to draw: {failure.reason}")
-    hint = f"; similar: {', '.join(close)}" if close else f"; the first of {len(paths)} is {paths[0] if paths else '-'}"
-    raise ValueError(f"no video {path!r} in these shards (paths are those of the manifest){hint}")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    # People give a bare file name, or the path from their own folder, as often as the manifest's path.
+    same_name = [p for p in paths if Path(p).name == Path(path).name]
+    similar = (same_name or difflib.get_close_matches(path, paths, cutoff=0.3) or paths)[:3]
+    raise ValueError(f"no video {path!r} in these shards (paths are those of the manifest), but {', '.join(similar)}")
 
 
 def _printable(text: str) -> str:

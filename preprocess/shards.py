@@ -300,14 +300,6 @@ class Shard:
         return self._flow
 
     @property
-    def classes(self) -> list[str]:
-        return list(self.origin.classes)
-
-    @property
-    def manifest_sha256(self) -> str:
-        return self.origin.manifest_sha256
-
-    @property
     def paths(self) -> list[str]:
         return _unpack(self["videos/path"], self["videos/path_offset"])
 
@@ -379,11 +371,11 @@ def _place(f: h5py.File, name: str, dtype: str, dimensions: int, size: int) -> t
         raise ValueError(f"{name} cannot be opened: {error.args[0]}") from error
     if not isinstance(data, h5py.Dataset) or data.dtype != np.dtype(dtype) or data.ndim != dimensions:
         raise ValueError(f"{name} is not a dataset of type {dtype} with {dimensions} dimensions")
-    if data.chunks is not None or data.is_virtual or data.external:
-        raise ValueError(f"{name} is not stored contiguously inside the file")
     count = math.prod(data.shape)
     offset = data.id.get_offset() if count else 0
-    if offset is None or offset + count * data.dtype.itemsize > size:
+    if offset is None:
+        raise ValueError(f"{name} is not stored contiguously inside the file")
+    if offset + count * data.dtype.itemsize > size:
         raise ValueError(f"{name} lies outside the file's {size} bytes: the file is truncated")
     return data.shape, offset
 

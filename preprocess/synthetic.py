@@ -24,12 +24,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import joblib
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from preprocess.encode import film, film_codec
 from preprocess.files import replacing, write_text
 from preprocess.manifest import Manifest
 
@@ -281,37 +281,15 @@ def write(folder: str | os.PathLike[str], scenes: Scenes, workers: int = 1) -> M
     return manifest
 
 
-def encode(path: str | os.PathLike[str], frames: Image, codec: str | None = None) -> None:
-    """Write frames, uint8 RGB (T, H, W, 3), as an mp4 at FRAME_RATE, nearly without loss. One thread: the same bytes.
-
-    codec: an FFmpeg encoder; None takes H.264 where this FFmpeg has it, else MPEG-4.
-    """
-    name = codec or _codec()
-    # Without its macroblock tree, which reads memory that nobody wrote: the same frames would give different bytes.
-    h264 = {"crf": "12", "preset": "veryfast", "x264-params": "mbtree=0"}
-    options = h264 if name == "libx264" else {"qmin": "2", "qmax": "2"}
-    with av.open(os.fspath(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(name, rate=FRAME_RATE, options=options)
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, FRAME_RATE)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 def _make(scene: Scene, path: Path) -> None:
     """Render and encode one scene; what lies under the final name is complete."""
     with replacing(path) as partial:
-        encode(partial, render(scene))
+        film(partial, render(scene), Fraction(FRAME_RATE))
 
 
 def _claim(root: Path, scenes: Scenes) -> None:
     """Leave the settings in the folder, or compare them with those that lie there."""
-    wanted = {"rendering": RENDERING, "codec": _codec(), **dataclasses.asdict(scenes)}
+    wanted = {"rendering": RENDERING, "codec": film_codec(), **dataclasses.asdict(scenes)}
     note = root / SETTINGS_NAME
     if note.exists():
         try:
@@ -335,10 +313,6 @@ def _claim(root: Path, scenes: Scenes) -> None:
     if (root / "videos").exists() or (root / MANIFEST_NAME).exists():
         raise ValueError(f"{root} holds videos but no {SETTINGS_NAME} that says what they are: give another folder")
     write_text(note, json.dumps(wanted, indent=2) + "\n")
-
-
-def _codec() -> str:
-    return "libx264" if "libx264" in av.codec.codecs_available else "mpeg4"
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, wavelength: float) -> NDArray[np.float64]:

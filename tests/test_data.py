@@ -137,14 +137,6 @@ def test_a_sample_holds_what_was_drawn(shards: ShardSet) -> None:
             assert (sample["index"], sample["label"]) == (index, LABELS[index])
 
 
-def test_the_current_window_lies_in_the_middle(shards: ShardSet) -> None:
-    sample = pretrain(shards, Sampling(period="current"))[0, 1]
-    _, clip = stamps(sample["clip"])
-    vectors = sample["motion"][0, :, 0, 0, 0]
-    expected = np.arange(clip[0] + 26, clip[0] + 34)  # 61 frames: 26, the 8, 27
-    assert np.array_equal(vectors[vectors != INTRA], expected[expected % 12 != 0])
-
-
 def test_types_and_shapes_of_a_collated_batch(shards: ShardSet) -> None:
     data = pretrain(shards)
     batch = next(iter(DataLoader(data, batch_sampler=EpochSampler(len(data), 3))))

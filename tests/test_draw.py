@@ -49,15 +49,6 @@ def test_wheel_has_the_middlebury_colours() -> None:
     np.testing.assert_allclose(colours, expected, atol=1)
 
 
-@pytest.mark.parametrize(
-    ("vector", "expected"),
-    [((5, 0), 0), ((0, 5), 55), ((-5, 0), 194), ((0, -5), 264)],
-    ids=["right", "down", "left", "up"],
-)
-def test_wheel_directions(vector: tuple[float, float], expected: float) -> None:
-    assert hue(draw.colour_wheel(vector, 5)) == pytest.approx(expected, abs=2)
-
-
 @given(angles, st.floats(0, 3), st.floats(0.5, 50))
 def test_saturation_is_the_magnitude_in_any_direction(angle: float, share: float, limit: float) -> None:
     vector = share * limit * np.array([np.cos(angle), np.sin(angle)])
@@ -222,8 +213,10 @@ def test_sheet_texts_never_touch(sideways: ShardSet, tmp_path: Path, monkeypatch
         assert pages[0].bbox.x0 <= box.x0 and box.x1 <= pages[0].bbox.x1, f"{text!r} leaves the page"
         assert not any(box.overlaps(p) for p in pictures), f"{text!r} lies on a picture"
     words = [t for t, _ in texts]
-    assert any(w.startswith("left/a.mp4\nleft  ·  16 frames (2 I-frames)  ·  25 fps  ·  source 340×256") for w in words)
-    assert any("\nunlabelled  ·  1 frame (1 I-frame)" in w for w in words)
+    assert any(
+        w.startswith("left/a.mp4\nleft  ·  frames: 16, I-frames: 2  ·  25 fps  ·  source 340×256") for w in words
+    )
+    assert any("\nunlabelled  ·  frames: 1, I-frames: 1" in w for w in words)
     assert sum("I-frame, no vectors" in w for w in words) == 3
     assert sum("mean motion" in w for w in words) == 2 * preview.TIMES
 
@@ -259,7 +252,7 @@ def test_clip_has_every_frame(
     sideways: ShardSet, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if encoder == "mpeg4":
-        monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
+        monkeypatch.setattr(av.codec, "codecs_available", av.codecs_available - {"libx264"})
     elif "libx264" not in av.codecs_available:
         pytest.skip("this PyAV has no libx264")
     out = preview.animation(sideways, 1, tmp_path / "right.mp4")
@@ -309,9 +302,9 @@ def test_inspect_draws_what_is_named_or_a_seeded_sample(
 @pytest.mark.parametrize(
     ("video", "sample", "out", "words"),
     [
-        ("rihgt/a.mp4", 0, "p.png", "similar: .*right/a.mp4"),
-        ("/home/me/videos/left/a.mp4", 0, "p.png", "similar: left/a.mp4"),
-        ("0123456789", 0, "p.png", "the first of 3 is left/a.mp4"),
+        ("rihgt/a.mp4", 0, "p.png", "but .*right/a.mp4"),
+        ("/home/me/videos/left/a.mp4", 0, "p.png", "but left/a.mp4"),
+        ("0123456789", 0, "p.png", "but left/a.mp4, right/a.mp4"),
         (None, 0, "p.png", "at least 1"),
         (None, 2, "p.mp4", "2 videos, but a clip shows one"),
         ("left/a.mp4", 0, "p.gif", r"ends in \.gif"),
@@ -326,8 +319,8 @@ def test_inspect_explains_what_it_cannot_do(
     assert not list(tmp_path.iterdir())
 
 
-def test_too_many_or_unknown_videos_are_refused(sideways: ShardSet, tmp_path: Path) -> None:
-    for videos, words in (([], "0 videos"), ([0] * 25, "25 videos"), ([3], "video 3: this set has videos 0 to 2")):
+def test_too_many_videos_are_refused(sideways: ShardSet, tmp_path: Path) -> None:
+    for videos, words in (([], "0 videos"), ([0] * 25, "25 videos")):
         with pytest.raises(ValueError, match=words):
             preview.contact_sheet(sideways, videos, tmp_path / "p.png")
     assert not list(tmp_path.iterdir())
@@ -340,6 +333,7 @@ def test_too_many_or_unknown_videos_are_refused(sideways: ShardSet, tmp_path: Pa
 def test_a_missing_library_is_named(
     sideways: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, out: str, word: str
 ) -> None:
+    monkeypatch.delitem(sys.modules, "preprocess.encode")
     for module in [m for m in sys.modules if m.partition(".")[0] == missing] + [missing]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"needs? {word}"):
@@ -363,13 +357,3 @@ def test_a_video_that_failed_is_said_to_have_failed(tmp_path: Path) -> None:
     shard_set = make_shards(tmp_path / "out", tmp_path, ["good.mp4", "bad.mp4"])
     with pytest.raises(ValueError, match=r"bad\.mp4 could not be stored.*: \S"):
         preview.inspect(shard_set.folder, "bad.mp4", 0, 0, tmp_path / "p.png")
-
-
-def test_real_clips_make_a_sheet(real_shards: ShardSet, tmp_path: Path) -> None:
-    numbers = [0, len(real_shards) - 1]
-    page = imread(preview.contact_sheet(real_shards, numbers, tmp_path / "real.png"))
-    assert page.shape[:2] == (2 * preview.HEIGHT, preview.WIDTH)
-    for number in numbers:
-        view = preview._View.of(real_shards, number)
-        assert 1 <= len(view.moments) <= preview.TIMES
-        assert not set(view.moments) & set(view.i_frames.tolist())

@@ -114,15 +114,6 @@ def test_the_iframe_is_within_reach(frames: int, gop: int, reach: int, seed: int
         assert abs(frame - (first + last) / 2) == min(abs(k - (first + last) / 2) for k in iframes)
 
 
-def test_every_iframe_within_reach_is_drawn() -> None:
-    rng, iframes = np.random.default_rng(0), every_iframe(200)
-    for first, last, expected in (
-        (17, 77, {12, 24, 36, 48, 60, 72}),  # 12 = 17 - 5, and 84 > 77 + 5
-        (18, 79, {24, 36, 48, 60, 72, 84}),  # 12 < 18 - 5, and 84 = 79 + 5
-    ):
-        assert {int(iframes[draw_iframe(rng, iframes, first, last, 5)]) for _ in range(300)} == expected
-
-
 @given(
     st.tuples(st.floats(0.05, 1), st.floats(0.05, 1)).map(sorted),
     st.tuples(st.floats(0.3, 3), st.floats(0.3, 3)).map(sorted),
@@ -141,13 +132,9 @@ def test_boxes_keep_to_their_limits(area: list, aspect: list, width: int, height
     assert centred or area[0] * (1 - 1e-4) <= (x1 - x0) * (y1 - y0) <= area[1] * (1 + 1e-4)
 
 
-def test_boxes_fill_the_range_and_fall_back_to_the_centre() -> None:
-    rng = np.random.default_rng(0)
-    boxes = np.stack([draw_box(rng, Cropping(), 340, 256) for _ in range(2000)])
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    assert area.min() < 0.22 and area.max() > 0.9 and abs(boxes[:, [0, 2]].sum(1).mean() - 1) < 0.03
+def test_where_no_box_fits_the_largest_in_the_centre_is_taken() -> None:
     # A square of at least 0.9 of a 2:1 frame does not exist: the largest square, centred.
-    square = draw_box(rng, Cropping((0.9, 1.0), (1.0, 1.0)), 200, 100)
+    square = draw_box(np.random.default_rng(0), Cropping((0.9, 1.0), (1.0, 1.0)), 200, 100)
     np.testing.assert_allclose(square, [0.25, 0, 0.75, 1])
 
 
@@ -166,14 +153,7 @@ def test_photometric_draws(seed: int) -> None:
     assert draw(blur_p=1, jitter_p=0, grey_p=1).tolist() == [sigma, *nothing[1:5], 1]
 
 
-def test_photometric_probabilities() -> None:
-    rng = np.random.default_rng(0)
-    drawn = np.stack([draw_photometric(rng, Photometric()) for _ in range(4000)])
-    rates = [(drawn[:, 0] > 0).mean(), (drawn[:, 4] != 0).mean(), drawn[:, 5].mean()]
-    np.testing.assert_allclose(rates, [0.5, 0.5, 0.2], atol=0.03)
-    jittered = drawn[drawn[:, 4] != 0]
-    np.testing.assert_allclose(jittered[:, 1:5].min(0), [0.6, 0.6, 0.6, -0.1], atol=0.02)
-    np.testing.assert_allclose(jittered[:, 1:5].max(0), [1.4, 1.4, 1.4, 0.1], atol=0.02)
+def test_the_blurring_kernel_reaches_three_deviations() -> None:
     assert Photometric().blur_taps == 13
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,10 +15,11 @@ import av
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import make_shards, panned, write_video
+from conftest import ROOT, make_shards, panned, write_video
 
 from preprocess import check
 from preprocess.codec import Codec, plain
+from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
 
 TINY = Settings(width=64, height=48, frame_width=48, frame_height=32)
@@ -78,16 +80,17 @@ def turn(path: Path, matrix: tuple[int, int, int, int]) -> None:
     path.write_bytes(data)
 
 
-def cut_by_edit_list(source: Path, target: Path, first: int) -> None:
-    """Copy a stream so that an edit list hides its first frames, as `ffmpeg -ss ... -c copy` does."""
-    options = {"use_editlist": "1", "avoid_negative_ts": "disabled"}
+def remux(source: Path, target: Path, shift: int = 0, title: str = "", **options: str) -> None:
+    """Copy a video's packets, `shift` frames earlier, into another file."""
     with av.open(str(source)) as a, av.open(str(target), "w", options=options) as b:
+        if title:
+            b.metadata["title"] = title
         stream = a.streams.video[0]
         copy = b.add_stream_from_template(stream)
+        ticks = int(Fraction(shift, 25) / stream.time_base)
         for packet in a.demux(stream):
             if packet.dts is not None:
-                shift = int(Fraction(first, 25) / stream.time_base)
-                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                packet.pts, packet.dts, packet.stream = packet.pts - ticks, packet.dts - ticks, copy
                 b.mux(packet)
 
 
@@ -173,20 +176,15 @@ def make_odd_files(folder: Path) -> None:
         write(folder / f"variable rate.{end}", FRAMES, "libx264", times=lambda t: t * t)
     write(folder / "dropped frames.avi", FRAMES, "mpeg4", times=lambda t: 2 * t)
     plain_mp4 = write(folder / "http: (naïve) name+%d!?.mp4", FRAMES, "libx264", options=crf)
-    cut_by_edit_list(plain_mp4, folder / "edit list.mp4", 12)
+    # An edit list hides the first frames, as `ffmpeg -ss ... -c copy` makes it.
+    remux(plain_mp4, folder / "edit list.mp4", 12, use_editlist="1", avoid_negative_ts="disabled")
     parts = [write(folder / f"part{k}.h264", f, "libx264") for k, f in enumerate((FRAMES, big))]
     (folder / "grows midway.h264").write_bytes(b"".join(p.read_bytes() for p in parts))
     (folder / "shrinks midway.h264").write_bytes(b"".join(p.read_bytes() for p in parts[::-1]))
     write(folder / "one frame.mp4", FRAMES[:1], "libx264")
     write(folder / "one frame.avi", FRAMES[:1], "mpeg4")
     whole = write(folder / "whole.avi", FRAMES, "mpeg4", options={"b": "2000000"})
-    with av.open(str(whole)) as a, av.open(str(folder / "titled.avi"), "w") as b:
-        b.metadata["title"] = "Cafe au lait"
-        copy = b.add_stream_from_template(a.streams.video[0])
-        for packet in a.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = copy
-                b.mux(packet)
+    remux(whole, folder / "titled.avi", title="Cafe au lait")
     titled = (folder / "titled.avi").read_bytes()
     assert titled.count(b"Cafe") == 1
     (folder / "Latin-1 title.avi").write_bytes(titled.replace(b"Cafe", b"Caf\xe9"))
@@ -206,12 +204,7 @@ def make_odd_files(folder: Path) -> None:
     (folder / "only the header.avi").write_bytes(data[: body + 4])
     data = plain_mp4.read_bytes()
     (folder / "index cut off.mp4").write_bytes(data[: data.index(b"moov")])
-    with av.open(str(plain_mp4)) as a, av.open(str(folder / "fast.mp4"), "w", options={"movflags": "faststart"}) as b:
-        copy = b.add_stream_from_template(a.streams.video[0])
-        for packet in a.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = copy
-                b.mux(packet)
+    remux(plain_mp4, folder / "fast.mp4", movflags="faststart")
     data = (folder / "fast.mp4").read_bytes()
     start = data.index(b"mdat")
     assert data.index(b"moov") < start
@@ -366,6 +359,10 @@ def convert(source, spool, settings, alive):
         os.abort()
     if name.startswith("hang"):
         time.sleep(10_000)
+    if name.startswith("full"):
+        while not Path(source).with_name("hang.mp4.flag").exists():
+            time.sleep(0.01)
+        raise OSError(28, "No space left on device")
     if name.startswith("die"):
         raise IndexError("out of my depth")
     if name.startswith("kill") or (name.startswith("stumble") and first):
@@ -398,6 +395,28 @@ def test_decoders_that_die_or_hang_end_as_one_row_each(tmp_path: Path, monkeypat
     assert ours.paths == theirs.paths == good
     for column in "frames/jpeg", "frames/jpeg_offset", "iframes/jpeg", "motion", "videos/frame_offset", "videos/fps":
         np.testing.assert_array_equal(ours[column], theirs[column])
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from preprocess import codec, pipeline
+from preprocess.shards import Settings
+
+folder = Path(sys.argv[1])
+codec.Codec.command = (sys.executable, str(folder / "bad_codec.py"))
+options = {"workers": 2, "videos_per_shard": 1, "time_limit": 100_000}
+pipeline.run(folder / "manifest.csv", folder, folder / "shards", Settings(), **options)
+"""
+
+
+def test_an_error_in_one_worker_stops_those_that_are_busy(tmp_path: Path) -> None:
+    (tmp_path / "bad_codec.py").write_text(BAD_CODEC)
+    Manifest(("full.mp4", "hang.mp4"), ("", ""), ("", "")).write(tmp_path / "manifest.csv")
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr.splitlines()[-1].startswith("OSError") and "No space left on device" in done.stderr
 
 
 def test_a_decoder_that_does_not_start_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

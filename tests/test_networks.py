@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from train.networks import build_predictor, build_video_network
 from train.networks.c3d import C3D
-from train.networks.heads import MLPHead
-from train.networks.predictor import Attention, ConvGRUCell, ConvGRUPredictor, TransformerPredictor
+from train.networks.predictor import Attention, ConvGRUPredictor, TransformerPredictor
 from train.networks.resnet import BasicBlock, Bottleneck, ResNet, r2d10, r2plus1d26, r3d10, r3d26
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -79,17 +78,6 @@ def test_shapes_of_the_small_networks_match_the_small_motion_map() -> None:
     assert meta_shape(on_meta(lambda: r2d10(width=16)), 2, 3, 1, 64, 64) == (2, 128, 1, 2, 2)
 
 
-@pytest.mark.parametrize("build", [r3d26, r2plus1d26])
-def test_sizes_inside_a_26_layer_network(build: Callable[[], ResNet]) -> None:
-    network = on_meta(build)
-    seen: list[tuple[int, ...]] = []
-    for layer in (network.stem, network.layer1, network.layer2, network.layer3, network.layer4):
-        layer.register_forward_hook(lambda _module, _inputs, out: seen.append(tuple(out.shape[1:])))
-    meta_shape(network.forward_pretrain, 1, 3, 16, 112, 112)
-    # Each part ran once, although layers 3 and 4 are both used.
-    assert seen == [(64, 16, 28, 28), (256, 16, 28, 28), (512, 8, 14, 14), (1024, 4, 7, 7), (2048, 2, 4, 4)]
-
-
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 33), st.integers(16, 130), st.integers(16, 130), st.sampled_from([1, 2]))
 def test_grids_are_those_of_the_maps(frames: int, height: int, width: int, stride: int) -> None:
@@ -150,17 +138,6 @@ def test_convolutions_start_at_he_fan_out() -> None:
                 assert abs(module.weight.mean().item()) < 0.03 * expected
 
 
-def test_r2plus1d_filters_space_then_time_with_norm_and_relu_between() -> None:
-    network: Any = on_meta(r2plus1d26)
-    for factored, strides in ((network.stem[0], (1, 2)), (network.layer1[0].conv2, (1, 1))):
-        space, norm, relu, time = factored
-        size = 7 if factored is network.stem[0] else 3
-        assert isinstance(norm, nn.BatchNorm3d) and isinstance(relu, nn.ReLU)
-        assert space.kernel_size == (1, size, size) and space.stride == (1, strides[1], strides[1])
-        assert time.kernel_size == (3, 1, 1) and time.stride == (strides[0], 1, 1)
-    assert network.layer2[0].conv2[0].stride == (1, 2, 2) and network.layer2[0].conv2[3].stride == (2, 1, 1)
-
-
 @pytest.mark.parametrize("build", [C3D, r3d26, r2plus1d26, r3d10, lambda width: r3d10(2, width, stem_stride=1), r2d10])
 def test_gradients_reach_every_parameter_of_a_backbone(build: Callable[..., C3D | ResNet]) -> None:
     torch.manual_seed(0)
@@ -178,14 +155,6 @@ def assert_gradients(network: nn.Module, out: Tensor) -> None:
     (out * torch.randn_like(out)).sum().backward()
     missing = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7]
     assert missing == []
-
-
-def test_batch_norms_convert_to_synchronised_ones() -> None:
-    for network in (C3D(width=2), r2plus1d26(width=2), r2d10(width=2), MLPHead(4, 6, 5)):
-        norms = sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm3d) for m in network.modules())
-        converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        assert norms == sum(isinstance(m, nn.SyncBatchNorm) for m in converted.modules()) > 0
-        assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm3d) for m in converted.modules())
 
 
 # ------------------------------------------------------------------------------------------------- backbones' maps
@@ -226,25 +195,6 @@ def test_pretraining_map_is_layer_4_upsampled_plus_layer_3_stacked() -> None:
                 expected[b, c, t] = bilinear(layer4[b, c, t], 5, 7) + layer3[b, c % 8, frame]
     np.testing.assert_allclose(combined.numpy(), expected, atol=1e-12)
     assert combined.shape[1:] == (network.channels, *network.pretrain_grid(16, 80, 112))
-
-
-def test_2d_network_sees_every_frame_by_itself() -> None:
-    torch.manual_seed(0)
-    network = wake(r2d10(width=4)).eval()
-    x = torch.randn(1, 3, 5, 64, 64)
-    with torch.no_grad():
-        alone = torch.cat([network(x[:, :, t : t + 1]) for t in range(5)], dim=2)
-        torch.testing.assert_close(network(x), alone, atol=1e-5, rtol=1e-4)
-
-
-def test_3d_networks_see_the_order_of_frames() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(1, 3, 16, 64, 64)
-    for build in (C3D, r3d26, r2plus1d26, r3d10):
-        network = wake(build(width=4)).eval()
-        with torch.no_grad():
-            ahead, back = (network(clip).mean((2, 3, 4)) for clip in (x, x.flip(2)))
-        assert not torch.allclose(ahead, back, rtol=1e-3)
 
 
 def convolved(w: dict[str, Tensor], name: str, x: Tensor, time: int = 1, space: int = 1) -> Tensor:
@@ -330,18 +280,11 @@ def test_predictors_by_name() -> None:
     [
         (lambda: build_video_network("r3d18"), r"'r3d18'; there are c3d, r3d26, r2plus1d26, r3d10"),
         (lambda: build_predictor("lstm", 4, 4, (1, 2, 2), (1, 2, 2)), r"'lstm'; there are transformer, convgru"),
-        (
-            lambda: ResNet(BasicBlock, (1, 1, 1, 1), convolution="4d"),  # type: ignore[arg-type]
-            r"'4d'; use '3d', '2plus1d' or '2d'",
-        ),
-        (lambda: ResNet(BasicBlock, (1, 1, 1)), r"\(1, 1, 1\); give four"),
-        (lambda: ResNet(BasicBlock, (1, 0, 1, 1)), r"\(1, 0, 1, 1\); give four"),
         (lambda: r3d10(width=2).pretrain_grid(4, 64, 64), r"4 frames leave 1 in layer 3.*multiple of 8"),
         (lambda: r3d10(width=2).forward_pretrain(torch.empty(1, 3, 12, 64, 64)), r"12 frames leave 3 in layer 3"),
         (lambda: r2d10(width=2).forward_pretrain(torch.empty(1, 3, 16, 64, 64)), r"2d network.*use forward"),
         (lambda: C3D(width=2)(torch.empty(1, 3, 16, 15, 64)), r"16x15x64 is below 8x16x16"),
         (lambda: Attention(8, 3, 0.0), r"width 8 cannot be split into 3 heads"),
-        (lambda: ConvGRUCell(4, 2), r"kernel is 2: choose an odd one"),
         (lambda: small_transformer()(torch.zeros(1, 5, 2, 3, 2)), r"built for a map of \(2, 2, 3\).*\(2, 3, 2\)"),
         (
             lambda: ConvGRUPredictor(5, 4, (2, 2, 3), (1, 2, 3), width=4)(torch.zeros(1, 5, 1, 2, 3)),

@@ -27,78 +27,45 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_parameter_count_of_c3d() -> None:
-    assert count(on_meta(C3D)) == (
-        3 * 64 * 27 + 2 * 64  # conv1 and its norm's scale and shift
-        + 64 * 128 * 27 + 2 * 128  # conv2
-        + 128 * 256 * 27 + 2 * 256  # conv3a
-        + 256 * 256 * 27 + 2 * 256  # conv3b
-        + 256 * 512 * 27 + 2 * 512  # conv4a
-        + 512 * 512 * 27 + 2 * 512  # conv4b
-        + 512 * 512 * 27 + 2 * 512  # conv5a
-        + 512 * 512 * 27 + 2 * 512  # conv5b
-    )  # fmt: skip
+def unit(channels: int, out: int, kernel: int) -> int:
+    """A convolution without bias, of so many positions, and its norm's scale and shift."""
+    return channels * out * kernel + 2 * out
 
 
-def test_parameter_count_of_r3d_26() -> None:
-    assert count(on_meta(r3d26)) == (
-        3 * 64 * 3 * 7 * 7 + 2 * 64  # stem
-        + 64 * 64 + 2 * 64 + 64 * 64 * 27 + 2 * 64 + 64 * 256 + 2 * 256  # layer 1, block 1
-        + 64 * 256 + 2 * 256  # its shortcut
-        + 256 * 64 + 2 * 64 + 64 * 64 * 27 + 2 * 64 + 64 * 256 + 2 * 256  # layer 1, block 2
-        + 256 * 128 + 2 * 128 + 128 * 128 * 27 + 2 * 128 + 128 * 512 + 2 * 512  # layer 2, block 1
-        + 256 * 512 + 2 * 512  # its shortcut
-        + 512 * 128 + 2 * 128 + 128 * 128 * 27 + 2 * 128 + 128 * 512 + 2 * 512  # layer 2, block 2
-        + 512 * 256 + 2 * 256 + 256 * 256 * 27 + 2 * 256 + 256 * 1024 + 2 * 1024  # layer 3, block 1
-        + 512 * 1024 + 2 * 1024  # its shortcut
-        + 1024 * 256 + 2 * 256 + 256 * 256 * 27 + 2 * 256 + 256 * 1024 + 2 * 1024  # layer 3, block 2
-        + 1024 * 512 + 2 * 512 + 512 * 512 * 27 + 2 * 512 + 512 * 2048 + 2 * 2048  # layer 4, block 1
-        + 1024 * 2048 + 2 * 2048  # its shortcut
-        + 2048 * 512 + 2 * 512 + 512 * 512 * 27 + 2 * 512 + 512 * 2048 + 2 * 2048  # layer 4, block 2
-    )  # fmt: skip
+def factored(channels: int) -> int:
+    """3x3x3 from and to so many channels as 3x3, then 3: 27 c c / (9 c + 3 c) = 2.25 c channels between."""
+    return unit(channels, channels * 9 // 4, 9) + unit(channels * 9 // 4, channels, 3)
 
 
-def test_parameter_count_of_r2plus1d_26() -> None:
-    # Middle channels: stem 3*49*3*64 / (49*3 + 3*64) = 28224 / 339 = 83.3; else 27*c*c / (9*c + 3*c) = 2.25 c.
-    factored_64 = 64 * 144 * 9 + 2 * 144 + 144 * 64 * 3 + 2 * 64
-    factored_128 = 128 * 288 * 9 + 2 * 288 + 288 * 128 * 3 + 2 * 128
-    factored_256 = 256 * 576 * 9 + 2 * 576 + 576 * 256 * 3 + 2 * 256
-    factored_512 = 512 * 1152 * 9 + 2 * 1152 + 1152 * 512 * 3 + 2 * 512
-    assert count(on_meta(r2plus1d26)) == (
-        3 * 83 * 7 * 7 + 2 * 83 + 83 * 64 * 3 + 2 * 64  # stem
-        + 64 * 64 + 2 * 64 + factored_64 + 64 * 256 + 2 * 256  # layer 1, block 1
-        + 64 * 256 + 2 * 256  # its shortcut
-        + 256 * 64 + 2 * 64 + factored_64 + 64 * 256 + 2 * 256  # layer 1, block 2
-        + 256 * 128 + 2 * 128 + factored_128 + 128 * 512 + 2 * 512  # layer 2, block 1
-        + 256 * 512 + 2 * 512  # its shortcut
-        + 512 * 128 + 2 * 128 + factored_128 + 128 * 512 + 2 * 512  # layer 2, block 2
-        + 512 * 256 + 2 * 256 + factored_256 + 256 * 1024 + 2 * 1024  # layer 3, block 1
-        + 512 * 1024 + 2 * 1024  # its shortcut
-        + 1024 * 256 + 2 * 256 + factored_256 + 256 * 1024 + 2 * 1024  # layer 3, block 2
-        + 1024 * 512 + 2 * 512 + factored_512 + 512 * 2048 + 2 * 2048  # layer 4, block 1
-        + 1024 * 2048 + 2 * 2048  # its shortcut
-        + 2048 * 512 + 2 * 512 + factored_512 + 512 * 2048 + 2 * 2048  # layer 4, block 2
-    )  # fmt: skip
+def full(channels: int) -> int:
+    return unit(channels, channels, 27)
 
 
-def test_parameter_count_of_the_motion_network() -> None:
-    assert count(on_meta(lambda: r3d10(2, stem_stride=1))) == (
-        2 * 64 * 3 * 7 * 7 + 2 * 64  # stem
-        + 64 * 64 * 27 + 2 * 64 + 64 * 64 * 27 + 2 * 64  # layer 1, whose shortcut is the identity
-        + 64 * 128 * 27 + 2 * 128 + 128 * 128 * 27 + 2 * 128 + 64 * 128 + 2 * 128  # layer 2 and its shortcut
-        + 128 * 256 * 27 + 2 * 256 + 256 * 256 * 27 + 2 * 256 + 128 * 256 + 2 * 256  # layer 3
-        + 256 * 512 * 27 + 2 * 512 + 512 * 512 * 27 + 2 * 512 + 256 * 512 + 2 * 512  # layer 4
-    )  # fmt: skip
+def bottlenecks(middle: Callable[[int], int]) -> int:
+    """Four layers of two blocks, down to c, in the middle, up to 4 c; the first block of each has a shortcut."""
+    total = 0
+    for before, c in ((64, 64), (256, 128), (512, 256), (1024, 512)):
+        total += unit(before, c, 1) + middle(c) + unit(c, 4 * c, 1) + unit(before, 4 * c, 1)
+        total += unit(4 * c, c, 1) + middle(c) + unit(c, 4 * c, 1)
+    return total
 
 
-def test_parameter_count_of_the_iframe_network() -> None:
-    assert count(on_meta(r2d10)) == (
-        3 * 64 * 7 * 7 + 2 * 64  # stem
-        + 64 * 64 * 9 + 2 * 64 + 64 * 64 * 9 + 2 * 64  # layer 1, whose shortcut is the identity
-        + 64 * 128 * 9 + 2 * 128 + 128 * 128 * 9 + 2 * 128 + 64 * 128 + 2 * 128  # layer 2 and its shortcut
-        + 128 * 256 * 9 + 2 * 256 + 256 * 256 * 9 + 2 * 256 + 128 * 256 + 2 * 256  # layer 3
-        + 256 * 512 * 9 + 2 * 512 + 512 * 512 * 9 + 2 * 512 + 256 * 512 + 2 * 512  # layer 4
-    )  # fmt: skip
+def basic(kernel: int) -> int:
+    """Four layers of one block of two convolutions; the shortcut of the first is the identity."""
+    total = 2 * unit(64, 64, kernel)
+    for before, c in ((64, 128), (128, 256), (256, 512)):
+        total += unit(before, c, kernel) + unit(c, c, kernel) + unit(before, c, 1)
+    return total
+
+
+def test_parameter_counts_of_the_backbones() -> None:
+    convolutions = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
+    assert count(on_meta(C3D)) == sum(unit(a, b, 27) for a, b in convolutions)
+    assert count(on_meta(r3d26)) == unit(3, 64, 3 * 7 * 7) + bottlenecks(full)
+    # The stem's channels between: 3*49*3*64 / (49*3 + 3*64) = 28224 / 339 = 83.3.
+    assert count(on_meta(r2plus1d26)) == unit(3, 83, 7 * 7) + unit(83, 64, 3) + bottlenecks(factored)
+    assert count(on_meta(lambda: r3d10(2, stem_stride=1))) == unit(2, 64, 3 * 7 * 7) + basic(27)
+    assert count(on_meta(r2d10)) == unit(3, 64, 7 * 7) + basic(9)
 
 
 @pytest.mark.parametrize(("channels", "out_channels"), [(512, 512), (2048, 512), (512, 128)])

@@ -21,9 +21,9 @@ from train.loop import train, update
 from train.model import build_model
 from train.objectives import motion_bins, motion_prediction, motion_targets
 from train.recipes import RECIPES
-from train.runs import Origin, Pretrained
+from train.runs import Origin
 from train.tasks import make_task
-from train.trained import load_pretrained
+from train.trained import Run, load_pretrained
 
 GROWS = {"c3d": 4, "r3d26": 1, "r2plus1d26": 1, "r3d10": 4}
 
@@ -53,7 +53,7 @@ def test_every_recipe_is_trained_below_under_its_own_name_or_another() -> None:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+def pretrained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run to begin from."""
     out = tmp_path_factory.mktemp("pretrained") / "run"
     rows = Manifest.read(tiny[1]).subset("train")
@@ -61,7 +61,7 @@ def pretrained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Pretrain
     return load_pretrained(out)
 
 
-def start(tiny: Tiny, out: Path, config: Any, pretrained: Pretrained | None = None) -> dict[str, Any]:
+def start(tiny: Tiny, out: Path, config: Any, pretrained: Run | None = None) -> dict[str, Any]:
     origin = Origin("x", "split", "train", pretrained)
     return train(config, RUNTIME, tiny[0], Manifest.read(tiny[1]).subset("train"), out, origin)
 
@@ -144,7 +144,7 @@ def test_only_the_parts_it_needs_exist(name: str, expected: set[str]) -> None:
 
 
 def test_finetuning_begins_from_the_pretrained_network(
-    tiny: Tiny, pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, pretrained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caught: dict[str, torch.Tensor] = {}
 
@@ -156,7 +156,7 @@ def test_finetuning_begins_from_the_pretrained_network(
     config = smaller("small-finetune")
     with pytest.raises(KeyboardInterrupt):
         start(tiny, tmp_path / "run", config, pretrained)
-    for key, value in pretrained.video.items():
+    for key, value in pretrained.model.video.state_dict().items():
         torch.testing.assert_close(caught[f"video.{key}"], value, rtol=0, atol=0)
     monkeypatch.undo()
     rows, c3d = Manifest.read(tiny[1]).subset("train"), config.changed({"networks.backbone": "c3d"})
@@ -170,8 +170,10 @@ def test_finetuning_begins_from_the_pretrained_network(
         scratch, origin = smaller("small-scratch"), Origin(pretrained=pretrained)
         train(scratch, RUNTIME, tiny[0], rows, tmp_path / "other", origin)
     start(tiny, tmp_path / "run", config, pretrained)
+    other = load_pretrained(pretrained.folder)
+    next(other.model.video.parameters()).data += 1
     with pytest.raises(ValueError, match="pretrained_sha256"):
-        start(tiny, tmp_path / "run", config, replace(pretrained, weights_sha256="of other weights"))
+        start(tiny, tmp_path / "run", config, other)
 
 
 def test_an_ablation_is_one_changed_field() -> None:

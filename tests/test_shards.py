@@ -149,7 +149,7 @@ def test_round_trip(
     shard = Shard(written.path)
     assert check.content_problems(shard) == []
     assert_holds(shard, written)
-    assert shard.settings == TINY and shard.classes == ["climb", "golf"] and shard.manifest_sha256 == "0" * 64
+    assert shard.origin == Origin(TINY, "0" * 64, ("climb", "golf"), {"codec": "1.2"}, 1)
 
 
 def test_the_file_has_the_layout_the_table_says(tmp_path: Path) -> None:

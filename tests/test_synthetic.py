@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from preprocess import synthetic
+from preprocess.encode import film
 from preprocess.manifest import Manifest
 from preprocess.synthetic import CONTEXTS, MOTIONS, Scene, Scenes, background, render, sprites, track, write
 
@@ -222,7 +224,7 @@ def test_only_sprites_move() -> None:
 def test_an_mpeg4_encoder_finds_the_motion(tmp_path: Path) -> None:
     right = total = 0
     for scene in Scenes(frames=18).specs()[:36:7]:  # one of each context and motion
-        synthetic.encode(tmp_path / "scene.mp4", render(scene), codec="mpeg4")
+        film(tmp_path / "scene.mp4", render(scene), Fraction(25), "mpeg4")
         steps = np.diff(track(scene), axis=0)
         with av.open(str(tmp_path / "scene.mp4")) as container:
             container.streams.video[0].codec_context.options = {"flags2": "+export_mvs"}
@@ -288,11 +290,11 @@ def test_writing_again_finishes_what_is_missing_and_nothing_else(tmp_path: Path)
 
 
 def test_a_failing_encoder_leaves_no_partial_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(path: Path, frames: np.ndarray) -> None:
+    def half(path: Path, *_: object) -> None:
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(synthetic, "encode", half)
+    monkeypatch.setattr(synthetic, "film", half)
     scenes = replace(SMALL, contexts=1, motions=1, train=1, test=1)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, scenes)
@@ -321,7 +323,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_mpeg4_stands_in_for_h264(tmp_path: Path) -> None:
     frames = render(SMALL.specs()[3])
-    synthetic.encode(tmp_path / "scene.mp4", frames, codec="mpeg4")
+    film(tmp_path / "scene.mp4", frames, Fraction(25), "mpeg4")
     back = decode(tmp_path / "scene.mp4")
     assert back.shape == frames.shape and np.abs(grey(back) - grey(frames)).mean() < 3
 

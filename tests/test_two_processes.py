@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -56,9 +57,7 @@ def in_float64() -> Iterator[None]:
 def work(rank: int, tiny: Tiny, folder: Path, ports: list[int]) -> None:
     """One of two processes: the second is terminated in its first step, then both go on to the end."""
     torch.set_num_threads(1)
-    sink = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
+    sys.stdout = sys.stderr = open(folder / f"said-{rank}", "w", buffering=1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     with in_float64():
         with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +76,8 @@ def terminated(tiny: Tiny, folder: Path, port: int) -> None:
 
 
 def test_two_processes_compute_what_one_does_and_leave_together(tiny: Tiny, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (tiny, tmp_path, [free_port(), free_port()]), nprocs=2)
+    ports = [free_port(), free_port()]
+    torch.multiprocessing.start_processes(work, (tiny, tmp_path, ports), nprocs=2, start_method="fork")
     with in_float64():
         start(tiny, tmp_path / "one", no_dropout_config())
     one, two = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "run"))

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, make_shards, smooth_texture, write_video
 
 from preprocess.shards import INTRA, ShardSet
-from train.data import ClipSet, PretrainSet
+from train.data import PretrainSet
 from train.draws import Cropping, Period, Photometric, Sampling
 
 FRAMES, HEIGHT, WIDTH = 80, 144, 176
@@ -65,9 +65,7 @@ def without_iframes(first: int, count: int) -> list[int | None]:
 
 
 @pytest.mark.parametrize("period", ["future", "current"])
-@pytest.mark.parametrize(
-    ("frames", "stride", "window", "gap"), [(16, 4, 8, 2), (8, 2, 8, 2), (4, 1, 6, 0), (9, 3, 5, 4)]
-)
+@pytest.mark.parametrize(("frames", "stride", "window", "gap"), [(16, 4, 8, 2), (9, 3, 5, 4)])
 def test_clips_and_windows_hold_the_frames_they_should(
     shards: ShardSet, period: Period, frames: int, stride: int, window: int, gap: int
 ) -> None:
@@ -93,16 +91,3 @@ def test_clips_and_windows_hold_the_frames_they_should(
             assert negative == without_iframes(number - place, window)
             assert abs(number - place - first) >= window
     assert len(starts) > 3
-
-
-def test_ten_clips_of_a_real_video(shards: ShardSet) -> None:
-    sample = ClipSet(shards, None, Sampling())[0]
-    # (80 - 61) / 9 = 2.1 frames apart.
-    starts = [0, 2, 4, 6, 8, 11, 13, 15, 17, 19]
-    clips = [[read_number(picture) for picture in clip] for clip in sample["clips"]]
-    assert clips == [list(range(start, start + 61, 4)) for start in starts]
-    motion = ClipSet(shards, None, Sampling(), modality="motion")[0]["motion"]
-    assert [read_motion(maps) for maps in motion] == [without_iframes(start + 26, 8) for start in starts]
-    # Frame 30 of a clip is its centre.
-    iframes = [read_number(picture) for picture in ClipSet(shards, None, Sampling(), modality="iframe")[0]["iframes"]]
-    assert iframes == [24, 36, 36, 36, 36, 36, 48, 48, 48, 48]

@@ -6,7 +6,7 @@ normalisation, augmentation and the optimiser, a few per cent, do not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -27,30 +27,19 @@ DATASETS = {
 }
 
 
-@dataclass(frozen=True)
-class Cost:
-    flops_per_clip: float
-    """Forward and backward, of a clip with its I-frame and motion windows."""
-    clips: int
-    """Over all epochs, without the videos that do not fill a batch."""
-    total_flops: float
-
-
 def dataset(recipe: str) -> tuple[str, int] | None:
     """(name, training videos) of the data set in a recipe's name; None where it names none."""
     return next((about for name, about in DATASETS.items() if name in recipe.split("-")), None)
 
 
-def estimate(config: Config, videos: int) -> Cost:
-    """The cost of training `config` on so many videos."""
-    clips = config.epochs * (videos - videos % config.batch_size)
-    flops = flops_per_clip(config)
-    return Cost(flops, clips, flops * clips)
+def total_flops(config: Config, videos: int) -> float:
+    """Of a whole run on so many videos; those that do not fill a batch wait."""
+    return flops_per_clip(config) * config.epochs * (videos - videos % config.batch_size)
 
 
 def gpu_hours(config: Config, videos: int) -> float:
     """Hours of one GPU for the whole run: an estimate, at `UTILISATION` of the peak of the `GPU`."""
-    return estimate(config, videos).total_flops / (GPU_FLOPS * UTILISATION) / 3600
+    return total_flops(config, videos) / (GPU_FLOPS * UTILISATION) / 3600
 
 
 def describe(recipe: str, config: Config) -> str:
@@ -59,7 +48,7 @@ def describe(recipe: str, config: Config) -> str:
     about = dataset(recipe)
     if about is None:
         return each
-    total, hours = estimate(config, about[1]).total_flops / 1e15, gpu_hours(config, about[1])
+    total, hours = total_flops(config, about[1]) / 1e15, gpu_hours(config, about[1])
     needs = f"about {hours:.2g} GPU hours" if hours >= 0.1 else "minutes of a GPU"
     return f"{each}, {total:,.{0 if total >= 10 else 2}f} PFLOP on {about[0]} ({about[1]:,} videos): {needs}"
 

@@ -81,11 +81,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a tensor over ranks, detached, the same on every rank: for logging, not for losses."""
     x = x.detach()
-    if world_size() == 1:
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / world_size()
+    return x if world_size() == 1 else _sum_over_ranks(x) / world_size()
 
 
 class Flag:
@@ -125,50 +121,39 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over (B, C, ...) whose training statistics are those of all ranks together, on any device.
 
     torch's nn.SyncBatchNorm accepts CUDA tensors only; this one lets a run on several CPU processes compute what one
-    process computes. Ranks may hold different numbers of samples, each at least one. Statistics are taken in float32 at
-    least. In evaluation, and in one process, it is plain batch norm.
+    process computes. Ranks hold as many samples each. Statistics are taken in float32 at least. In evaluation, and in
+    one process, it is plain batch norm.
     """
 
     @classmethod
     def replacing(cls, norm: nn.modules.batchnorm._BatchNorm) -> SynchronisedBatchNorm:
         """A layer that shares the parameters and buffers of `norm`, so that optimisers made before stay valid."""
-        new = cls(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=False)
-        new.affine, new.track_running_stats = norm.affine, norm.track_running_stats
+        new = cls(norm.num_features, norm.eps, norm.momentum)
         new._parameters.update(norm._parameters)
         new._buffers.update(norm._buffers)
         return new.train(norm.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"batch norm needs (B, C, ...), got {input.dim()} dimension; add the batch dimension")
+        assert input.dim() >= 2
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
         if not self.training or world_size() == 1:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         over = [axis for axis in range(x.dim()) if axis != 1]
         broadcast = [1, -1] + [1] * (x.dim() - 2)
+        count = world_size() * x.numel() // x.shape[1]
         # Two reductions, means first: one reduction of sums and sums of squares cancels where the mean is large.
-        sums = _SumOverRanks.apply(torch.cat((x.sum(over), x.new_full((1,), x.numel() // x.shape[1]))))  # (C + 1)
-        count = sums[-1].detach()
-        mean = sums[:-1] / count  # (C)
+        mean = _SumOverRanks.apply(x.sum(over)) / count  # (C)
         centred = x - mean.view(broadcast)
         variance = _SumOverRanks.apply(centred.square().sum(over)) / count  # (C)
-        self._track(mean.detach(), variance.detach() * count / (count - 1))
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            return torch.addcmul(self.bias.view(broadcast), centred, (scale * self.weight).view(broadcast)).to(input)
-        return (centred * scale.view(broadcast)).to(input)
-
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Running statistics as nn.BatchNorm keeps them: unbiased variance; momentum None averages over all steps."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-            momentum = 1 / self.num_batches_tracked.to(running) if self.momentum is None else self.momentum
-            running.mul_(1 - momentum).add_(momentum * new)
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)  # unbiased, as nn.BatchNorm's
+        scale = (variance + self.eps).rsqrt() * self.weight
+        return torch.addcmul(self.bias.view(broadcast), centred, scale.view(broadcast)).to(input)
 
 
 class _Gather(torch.autograd.Function):
@@ -182,24 +167,24 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # A reduce-scatter would send half as much, but gloo has none; against the networks' own gradients it is little.
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(world_size())[rank()]
+        return _sum_over_ranks(gradient).chunk(world_size())[rank()]
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return _sum_over_ranks(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return _sum_over_ranks(gradient)
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 def _initialised() -> bool:

@@ -19,7 +19,7 @@ from preprocess.shards import ShardSet
 from train.config import Config, differences, here_and_there
 
 if TYPE_CHECKING:
-    import torch
+    from train.trained import Run
 
 KEYS: dict[str, type] = {
     **dict.fromkeys(("recipe", "trained_on", "subset", "config_sha256", "manifest_sha256", "shards_sha256"), str),
@@ -27,26 +27,6 @@ KEYS: dict[str, type] = {
 }
 """What of run.json others read."""
 LIBRARIES = ("torch", "numpy", "h5py", "simplejpeg", "kornia")
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """The V-Network of a pretraining run, for a run that begins from it."""
-
-    folder: Path
-    config: Config
-    recipe: str
-    trained_on: str
-    weights: str
-    """'last', or a kept epoch such as 'epoch-0005'."""
-    epoch: float
-    video: dict[str, torch.Tensor]
-    """Its parameters and statistics."""
-    weights_sha256: str
-
-    def about(self) -> dict[str, Any]:
-        """For run.json."""
-        return {"recipe": self.recipe, "trained_on": self.trained_on, "weights": self.weights, "epoch": self.epoch}
 
 
 @dataclass(frozen=True)
@@ -58,7 +38,7 @@ class Origin:
     """Name of the manifest."""
     subset: str = ""
     """Which of its rows."""
-    pretrained: Pretrained | None = None
+    pretrained: Run | None = None
     """The run whose V-Network it begins from."""
 
 
@@ -96,7 +76,7 @@ def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, origi
         "manifest_sha256": manifest.sha256,
         "shards_sha256": shards.sha256(),
         "shards_settings": asdict(shards.settings),
-        "pretrained_sha256": origin.pretrained.weights_sha256 if origin.pretrained else "",
+        "pretrained_sha256": origin.pretrained.video_sha256() if origin.pretrained else "",
     }
     if path.exists():
         there = read(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,14 @@ class Run:
 
     def weights_sha256(self) -> str:
         return checkpoint.sha256(self.model.state_dict())
+
+    def video_sha256(self) -> str:
+        return checkpoint.sha256(self.model.video.state_dict())
+
+    def about(self) -> dict[str, Any]:
+        """For the run.json of a run that begins from this one."""
+        trained_on = runs.read(self.folder)["trained_on"]
+        return {"recipe": self.recipe, "trained_on": trained_on, "weights": self.weights, "epoch": self.epoch}
 
 
 def load_run(folder: Path, weights: str = "last") -> Run:
@@ -51,17 +60,13 @@ def load_run(folder: Path, weights: str = "last") -> Run:
     return Run(folder, config, about["recipe"], weights, epoch, model)
 
 
-def load_pretrained(folder: Path, weights: str = "last") -> runs.Pretrained:
-    """The V-Network of the run in `folder`. Raises ValueError as `checkpoint.load` does."""
-    about = runs.read(folder)
-    state = checkpoint.load(checkpoint.weights_path(folder, weights))
-    video = {k.removeprefix("video."): v for k, v in state["model"].items() if k.startswith("video.")}
-    config, epoch = Config.from_json(json.dumps(about["config"])), float(state["epoch"])
-    names = (about["recipe"], about["trained_on"], weights)
-    return runs.Pretrained(folder, config, *names, epoch, video, checkpoint.sha256(video))
+def load_pretrained(folder: Path, weights: str = "last") -> Run:
+    """A run to begin from: `load_run`, but never its untrained weights."""
+    checkpoint.weights_path(folder, weights)
+    return load_run(folder, weights)
 
 
-def begin_from(pretrained: runs.Pretrained | None, config: Config, model: PretrainingModel | FinetuningModel) -> None:
+def begin_from(pretrained: Run | None, config: Config, model: PretrainingModel | FinetuningModel) -> None:
     """Give the V-Network the weights of a pretraining run, where the configuration wants them."""
     wanted = isinstance(config, Finetuning) and config.supervision.start == "pretrained"
     if pretrained is None:
@@ -79,4 +84,4 @@ def begin_from(pretrained: runs.Pretrained | None, config: Config, model: Pretra
             f"{pretrained.folder} holds a {theirs.backbone} of width {theirs.width}, this recipe a {mine.backbone} of "
             f"width {mine.width}; take the recipe of that backbone"
         )
-    checkpoint.load_weights(model.video, pretrained.video, pretrained.folder)
+    model.video.load_state_dict(pretrained.model.video.state_dict())

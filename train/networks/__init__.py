@@ -26,11 +26,11 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
 }
 
 
-def build_video_network(name: str, width: int = 64, in_channels: int = 3) -> VideoNetwork:
+def build_video_network(name: str, width: int = 64) -> VideoNetwork:
     """The V-Network called `name`; ValueError lists the names there are."""
     if name not in VIDEO_NETWORKS:
         raise ValueError(f"no video network is called {name!r}; there are {', '.join(VIDEO_NETWORKS)}")
-    return VIDEO_NETWORKS[name](in_channels=in_channels, width=width)
+    return VIDEO_NETWORKS[name](width=width)
 
 
 def build_predictor(

@@ -1,6 +1,6 @@
 """C3D (Tran et al. 2015; the paper's section 4.1), with batch norm, up to conv5b.
 
-Shapes: B clips; Cin channels in (3); w width (64); T frames, H and W pixels. 16x112x112 in gives 8w x 2 x 7 x 7 out.
+Shapes: B clips; w width (64); T frames, H and W pixels. 16x112x112 in gives 8w x 2 x 7 x 7 out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class C3D(nn.Module):
     what `forward` and `forward_pretrain` return. The convolutions carry no bias, which batch norm would remove.
     """
 
-    def __init__(self, in_channels: int = 3, width: int = 64) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.channels = 8 * width
-        self.conv1 = _unit(in_channels, width)
+        self.conv1 = _unit(3, width)
         self.conv2 = _unit(width, 2 * width)
         self.conv3a = _unit(2 * width, 4 * width)
         self.conv3b = _unit(4 * width, 4 * width)
@@ -29,7 +29,7 @@ class C3D(nn.Module):
         self.conv5b = _unit(8 * width, 8 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, Cin, T, H, W) -> the conv5b map (B, 8w, T//8, H//16, W//16), not pooled.
+        """(B, 3, T, H, W) -> the conv5b map (B, 8w, T//8, H//16, W//16), not pooled.
 
         Raises ValueError under 8 frames or 16 pixels, of which the pools would leave nothing.
         """

@@ -152,13 +152,12 @@ class ConvGRUPredictor(nn.Module):
         out_grid: Grid,
         *,
         width: int = 512,
-        kernel: int = 3,
     ) -> None:
         super().__init__()
         self.in_grid = in_grid
         self.out_grid = out_grid
         self.conv_in = nn.Conv2d(in_channels, width, 1)
-        self.cell = ConvGRUCell(width, kernel)
+        self.cell = ConvGRUCell(width)
         self.predict = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(inplace=True), nn.Conv2d(width, width, 1))
         self.conv_out = nn.Identity() if width == out_channels else nn.Conv2d(width, out_channels, 1)
 
@@ -180,14 +179,12 @@ class ConvGRUPredictor(nn.Module):
 
 
 class ConvGRUCell(nn.Module):
-    """One step of a GRU whose products are convolutions (Ballas et al. 2016, section 3.1); padding keeps sizes."""
+    """One step of a GRU whose products are 3x3 convolutions (Ballas et al. 2016, section 3.1)."""
 
-    def __init__(self, width: int, kernel: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        if kernel % 2 == 0:
-            raise ValueError(f"kernel is {kernel}: choose an odd one, so that padding keeps the map's size")
-        self.gates = nn.Conv2d(2 * width, 2 * width, kernel, padding=kernel // 2)
-        self.candidate = nn.Conv2d(2 * width, width, kernel, padding=kernel // 2)
+        self.gates = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.candidate = nn.Conv2d(2 * width, width, 3, padding=1)
         for convolution in (self.gates, self.candidate):
             nn.init.xavier_uniform_(convolution.weight)
             assert convolution.bias is not None

@@ -44,10 +44,6 @@ class ResNet(nn.Module):
         stem_stride: int = 2,
     ) -> None:
         super().__init__()
-        if convolution not in ("3d", "2plus1d", "2d"):
-            raise ValueError(f"convolution is {convolution!r}; use '3d', '2plus1d' or '2d'")
-        if len(blocks) != 4 or min(blocks) < 1:
-            raise ValueError(f"blocks is {tuple(blocks)}; give four counts of at least 1")
         self.convolution = convolution
         self.stem_stride = stem_stride
         self.channels = 8 * width * block.expansion
@@ -160,26 +156,24 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x), inplace=True)
 
 
-def r3d26(in_channels: int = 3, width: int = 64) -> ResNet:
+def r3d26(width: int = 64) -> ResNet:
     """R3D-26: (B, 3, 16, 112, 112) -> (B, 2048, 2, 4, 4), in pretraining (B, 2048, 2, 7, 7)."""
-    return ResNet(Bottleneck, (2, 2, 2, 2), convolution="3d", in_channels=in_channels, width=width)
+    return ResNet(Bottleneck, (2, 2, 2, 2), width=width)
 
 
-def r2plus1d26(in_channels: int = 3, width: int = 64) -> ResNet:
+def r2plus1d26(width: int = 64) -> ResNet:
     """R(2+1)D-26: as R3D-26, every 3x3x3 convolution (and the stem) factored into space, then time."""
-    return ResNet(Bottleneck, (2, 2, 2, 2), convolution="2plus1d", in_channels=in_channels, width=width)
+    return ResNet(Bottleneck, (2, 2, 2, 2), convolution="2plus1d", width=width)
 
 
 def r3d10(in_channels: int = 3, width: int = 64, stem_stride: int = 2) -> ResNet:
     """R3D-10. The M-Network is `r3d10(2, stem_stride=1)`: (B, 2, 8, 112, 112) -> (B, 512, 1, 7, 7)."""
-    return ResNet(
-        BasicBlock, (1, 1, 1, 1), convolution="3d", in_channels=in_channels, width=width, stem_stride=stem_stride
-    )
+    return ResNet(BasicBlock, (1, 1, 1, 1), in_channels=in_channels, width=width, stem_stride=stem_stride)
 
 
-def r2d10(in_channels: int = 3, width: int = 64) -> ResNet:
+def r2d10(width: int = 64) -> ResNet:
     """R2D-10, the I-Network: (B, 3, 1, H, W) -> (B, 512, 1, H/32, W/32), to be pooled globally."""
-    return ResNet(BasicBlock, (1, 1, 1, 1), convolution="2d", in_channels=in_channels, width=width)
+    return ResNet(BasicBlock, (1, 1, 1, 1), convolution="2d", width=width)
 
 
 def _conv(
