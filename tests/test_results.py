@@ -35,22 +35,6 @@ def reasons(found: list[Row], **known: Any) -> list[str]:
 # ---- writing
 
 
-def _write_many(arguments: tuple[Path, int]) -> None:
-    folder, writer = arguments
-    for number in range(10):
-        results.write(folder, example(metrics={"top-1": float(writer), "top-5": float(number)}, kind="knn"))
-
-
-def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.map(_write_many, [(tmp_path / "run", writer) for writer in range(4)], chunksize=1)
-    found = collect.read([tmp_path])
-    assert sorted((r["metrics"]["top-1"], r["metrics"]["top-5"]) for r in found) == [
-        (float(w), float(n)) for w in range(4) for n in range(10)
-    ]
-    assert len(sound(found)) == 40
-
-
 def _write_for_ever(folder: Path) -> None:
     number = 0
     while True:
