@@ -76,7 +76,7 @@ def unchanged(clips: Tensor, _: Tensor) -> Tensor:
 
 def pooled(maps: Tensor) -> Tensor:
     """Maps (N, C, t, h, w) -> global average, float32 (N, C)."""
-    return maps.float().amax((2, 3, 4))
+    return maps.float().mean((2, 3, 4))
 
 
 def video_features(
