@@ -15,7 +15,7 @@ from running import RUNTIME, Tiny, assert_same_run, lines, run_again
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train import tasks
-from train.config import Finetuning, Networks, Optimiser
+from train.config import Finetuning, Optimiser
 from train.draws import largest_stride
 from train.loop import train, update
 from train.model import build_model
@@ -32,8 +32,8 @@ def smaller(name: str, **changes: Any) -> Any:
     """The recipe on 8 frames of 32x32 at stride 2, narrow, on batches of four: all that is not its subject is small."""
     config = RECIPES[name].config
     kind = "small-scratch" if isinstance(config, Finetuning) else "small"
-    backbone, predictor = config.networks.backbone, config.networks.predictor
-    networks = Networks(backbone, GROWS[backbone], 4, 4, predictor, predictor_width=16, head_hidden=16, head_out=8)
+    narrow = {"iframe_width": 4, "motion_width": 4, "predictor_width": 16, "head_hidden": 16, "head_out": 8}
+    networks = replace(config.networks, width=GROWS[config.networks.backbone], **narrow)
     tiny = tiny_config(kind, batch_size=4, epochs=2)
     sampling = replace(tiny.sampling, period=config.sampling.period)
     subject = config.supervision if isinstance(config, Finetuning) else config.objective
@@ -174,13 +174,28 @@ def test_finetuning_begins_from_the_pretrained_network(
         start(tiny, tmp_path / "run", config, replace(pretrained, weights_sha256="of other weights"))
 
 
-def test_an_ablation_is_one_changed_field() -> None:
+def test_an_ablation_is_one_changed_field_and_released_is_all_that_the_script_has_otherwise() -> None:
     for name, recipe in RECIPES.items():
-        assert len(recipe.changes()) == (1 if recipe.base else 0), name
+        released = 2 + ("c3d" not in name)
+        assert len(recipe.changes()) == (released if name.endswith("-released") else 1 if recipe.base else 0), name
         assert recipe.about.startswith(("Table", "Beside the paper"))
     assert RECIPES["small-mse"].changes() == {"objective.motion_loss": ("mse", "infonce")}
     with pytest.raises(ValueError, match=r"no field is called objective\.beta"):
         RECIPES["small"].config.changed({"objective.beta": 1})
+
+
+@pytest.mark.parametrize("task", ["small", "small-regularised"])
+def test_the_released_start_of_the_predictor_and_upsampling(task: str) -> None:
+    released = {"networks.queries": "zeros", "networks.upsampling": "nearest"}
+    torch.manual_seed(0)
+    ours, theirs = (build_model(smaller(task).changed(changes), 4) for changes in ({}, released))
+    assert (ours.video.upsampling, theirs.video.upsampling) == ("trilinear", "nearest")
+    predictor = ours.motion.predictor
+    assert all(x.min() < -1 for x in (predictor.queries, predictor.in_positions, predictor.out_positions))
+    predictor = theirs.motion.predictor
+    assert (predictor.queries == 0).all() and predictor.queries.requires_grad
+    for positions in (predictor.in_positions, predictor.out_positions):
+        assert positions.min() >= 0 and positions.max() <= 1 and positions.mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_settings_of_the_paper() -> None:
@@ -199,6 +214,9 @@ def test_settings_of_the_paper() -> None:
             assert (config.batch_size, config.epochs, config.supervision.dropout) == (8, 120, dropout)
             assert (config.optimiser.lr_per_sample, config.optimiser.weight_decay) == (rate, decay)
             assert config.supervision.motion_weight == (0.2 if start_ == "regularised" else 0)
+            assert (config.photometric.grey_p, config.photometric.blur_p, config.photometric.jitter_p) == (0, 0.5, 0.5)
+            o = config.optimiser
+            assert (o.warmup_epochs, o.warmup_start, o.floor) == (10, 0.04, 0.01)
 
 
 # ---- supervised training with motion prediction beside it, where some videos are too short for a motion window

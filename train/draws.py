@@ -95,7 +95,7 @@ class Cropping:
             raise ValueError(f"area is {self.area}; give two shares of the frame, rising, above 0 and at most 1")
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"aspect is {self.aspect}; give two positive ratios, rising, as (0.75, 1.333)")
-        _probability("flip", self.flip)
+        probability("flip", self.flip)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Photometric:
 
     def __post_init__(self) -> None:
         for name in ("blur_p", "jitter_p", "grey_p", "brightness", "contrast", "saturation"):
-            _probability(name, getattr(self, name))
+            probability(name, getattr(self, name))
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"blur_sigma is {self.blur_sigma}; give two positive numbers of pixels, rising")
         if not 0 <= self.hue <= 0.5:
@@ -264,6 +264,6 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def _probability(name: str, value: float) -> None:
+def probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}; choose a number from 0 to 1")

@@ -30,6 +30,7 @@ class MotionPrediction(nn.Module):
             video.pretrain_grid(s.frames, config.size, config.size),
             self.grid,
             n.predictor_width,
+            n.queries,
         )
         if loss == "infonce":
             self.network = network
@@ -60,7 +61,7 @@ class PretrainingModel(nn.Module):
     def __init__(self, config: Pretraining) -> None:
         super().__init__()
         n, o = config.networks, config.objective
-        self.video = build_video_network(n.backbone, n.width)
+        self.video = build_video_network(n.backbone, n.width, upsampling=n.upsampling)
         if o.alpha < 1:
             self.iframe = r2d10(width=n.iframe_width)
             self.clip_head = MLPHead(self.video.channels, n.head_hidden, n.head_out)
@@ -89,7 +90,7 @@ class FinetuningModel(nn.Module):
     def __init__(self, config: Finetuning, classes: int) -> None:
         super().__init__()
         n, s = config.networks, config.supervision
-        self.video = build_video_network(n.backbone, n.width)
+        self.video = build_video_network(n.backbone, n.width, upsampling=n.upsampling)
         self.dropout = nn.Dropout(s.dropout)
         self.classifier = nn.Linear(self.video.channels, classes)
         if s.motion_weight > 0:
