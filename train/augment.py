@@ -128,6 +128,11 @@ def normalise(clip: Tensor) -> Tensor:
     return (clip - mean.view(shape)) / std.view(shape)
 
 
+def without_still(clip: Tensor, drawn: Tensor) -> Tensor:
+    """Clips (B, 3, T, S, S), those that are drawn (B,) less their mean over time: what stands still becomes zero."""
+    return torch.where(drawn.view(-1, 1, 1, 1, 1), clip - clip.mean(2, keepdim=True), clip)
+
+
 @cache
 def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation on the device; kept, because a copy from the host waits for it."""

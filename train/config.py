@@ -12,13 +12,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from train.draws import Cropping, Photometric, Sampling, at_least, one_of, positive, probability
+from train.draws import BEFORE, Cropping, Photometric, Sampling, at_least, one_of, positive, probability
 
 MotionLoss = Literal["infonce", "mse", "cross_entropy"]
-
-BEFORE = "before"
-"""A field added once there are runs is field(default=..., metadata={BEFORE: what those runs did}): where it has that
-value it stands in no JSON, so that their hashes stay; where JSON lacks it, it has that value."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class TrainingSet(Dataset[Sample]):
     |---|---|---|
     | clip | uint8 (T, h, w, 3) | RGB frames |
     | clip_box, clip_flip, clip_photo | float32 (4,), bool, float32 (P,) | its crop, flip and colours |
+    | clip_still_removed | bool | whether it loses its mean over time |
     | iframe | uint8 (H, W, 3) | an I-frame in or near the clip |
     | iframe_box, iframe_flip, iframe_photo | as for the clip | drawn apart from the clip's |
     | motion | int16 (1+K, W, rows, cols, 2) | windows as stored, the positive first |
@@ -131,6 +132,8 @@ class TrainingSet(Dataset[Sample]):
                 "motion_flip": np.array(flips),
                 "serves": bool(self.serves[index]),
             }
+        # Last, so that it shifts no other draw.
+        sample["clip_still_removed"] = bool(rng.random() < self.photometric.still_removed_p)
         return shard, first + (start + stride * np.arange(s.frames)) % frames, near, sample
 
     def _view(self, rng: np.random.Generator, of: str) -> Sample:

@@ -103,6 +103,8 @@ def prepare(batch: Batch, config: Config, settings: Settings, with_iframe: bool,
         return augment.normalise(augment.photometric(pixels, batch[f"{of}_photo"], config.photometric.blur_taps))
 
     clip = coloured(batch["clip"], "clip")
+    if config.photometric.still_removed_p > 0:
+        clip = augment.without_still(clip, batch["clip_still_removed"])
     iframe = coloured(batch["iframe"][:, None], "iframe") if with_iframe else None
     motion = None
     if with_motion:
