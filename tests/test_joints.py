@@ -110,11 +110,17 @@ def test_clips_and_iframes_are_pooled_by_their_mean() -> None:
     np.testing.assert_allclose(iframes, each.sum(2) / each.shape[2], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mse", "cross_entropy"])
-def test_values_are_predicted_of_the_positive_window(kind: Any) -> None:
-    config = tiny_config(motion_size=32, objective=Objective(1.0, motion_loss=kind))
-    _, _, found = PretrainingModel(config)(torch.randn(4, 3, 8, 32, 32), None, motion_windows())
-    expected = np.tile([0.3, -0.2], (len(found.predicted), 1))
+@pytest.mark.parametrize(("kind", "target"), [("mse", [2.0, -0.5]), ("cross_entropy", [3, 1])])
+def test_values_are_predicted_of_the_positive_window(kind: Any, target: list[float]) -> None:
+    """On the scale of vectors of mean 0.1 and 0, deviation 0.1 and 0.4; quartiles at 0, 0.1, 0.2 and -0.4, 0, 0.4."""
+    config = tiny_config(motion_size=32, objective=Objective(1.0, motion_loss=kind, motion_bins=4))
+    model: Any = PretrainingModel(config)
+    scale = model.motion.scale
+    scale.mean.copy_(torch.tensor([0.1, 0.0]))
+    scale.deviation.copy_(torch.tensor([0.1, 0.4]))
+    scale.edges.copy_(torch.tensor([[0.0, 0.1, 0.2], [-0.4, 0.0, 0.4]]))
+    _, _, found = model(torch.randn(4, 3, 8, 32, 32), None, motion_windows())
+    expected = np.tile(target, (len(found.predicted), 1))
     np.testing.assert_allclose(found.targets, expected, rtol=1e-3)
 
 

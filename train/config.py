@@ -60,7 +60,7 @@ class Objective:
     motion_loss: MotionLoss = "infonce"
     """Equation (2) on features; or, on the vectors themselves, the mean squared error or a classification (table 1)."""
     motion_bins: int = 21
-    """Classes each of dx and dy for cross_entropy, of equal width over ±10 pixels; stillness is the middle of one."""
+    """Classes each of dx and dy for cross_entropy, cut at quantiles of the motion that the run draws."""
     context_temperature: float = 0.1
     """τ of equation (1); the paper gives none, the authors' release 0.1."""
     motion_temperature: float = 0.1

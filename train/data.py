@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import simplejpeg
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from preprocess.shards import Shard, ShardSet
@@ -105,6 +107,14 @@ class TrainingSet(Dataset[Sample]):
             if self.with_iframe:
                 (sample["iframe"],) = decode_iframes(shard, np.array([near]), pictures)
         return [sample for *_, sample in drawn]
+
+    def windows(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The positive motion windows of some samples, without their pictures: int16 (n, W, rows, cols, 2), and their
+        boxes float32 (n, 4) and flips bool (n,)."""
+        drawn = [self._draw(key)[3] for key in keys]
+        found = (np.stack([sample[name][0] for sample in drawn]) for name in ("motion", "motion_box", "motion_flip"))
+        motion, boxes, flips = map(torch.from_numpy, found)
+        return motion, boxes, flips
 
     def _draw(self, key: tuple[int, int]) -> tuple[Shard, np.ndarray, int, Sample]:
         """(shard, the clip's frames (T,), its I-frame, the sample without them), both numbered over the shard."""

@@ -72,6 +72,8 @@ def train(
     distributed.synchronise_batch_norm(model)
     optimiser = make_optimiser(config.optimiser, model)
     step, pending = resume(out / "checkpoint.pt", config, model, optimiser, total)  # pending: steps without a line
+    if step == 0:
+        task.begin(model)
     batches = iter(make_loader(task.data, runtime.loader_workers, device, batch_sampler=sampler.between(step, total)))
     network: nn.Module = torch.compile(model) if runtime.compile else model  # type: ignore[assignment]
     if ranks > 1:
