@@ -230,12 +230,17 @@ class Runtime:
     """Steps between checkpoints; one is also saved after each epoch."""
     keep_epochs: tuple[int, ...] = ()
     """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50 120)."""
+    watch_epochs: int | None = None
+    """Epochs from one look at held-out videos (the manifest's test rows) to the next, while a run pretrains; 0: never;
+    None: as often as it takes under 3 % of the time, and at the end."""
     tensorboard: bool = False
     """Write metrics and pictures of augmented clips for TensorBoard into OUT/tensorboard (the extra 'watch')."""
 
     def __post_init__(self) -> None:
         for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_steps", 1)):
             at_least(name, getattr(self, name), least)
+        if self.watch_epochs is not None:
+            at_least("watch_epochs", self.watch_epochs, 0)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
