@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from eval.results import Data, Foreign
 from preprocess.files import replacing
-from preprocess.shards import Settings
-from train import augment
 from train.config import Config
 from train.data import ClipSet, Modality
 from train.device import channels_last, choose_device
 from train.loader import explaining_workers, make_loader
+from train.readout import pooled, prepare
 from train.trained import Run
 
 Network = Literal["video", "iframe", "motion"]
@@ -72,11 +71,6 @@ def protocol(config: Config, network: Network, clips: int = CLIPS) -> str:
 
 def unchanged(clips: Tensor, _: Tensor) -> Tensor:
     return clips
-
-
-def pooled(maps: Tensor) -> Tensor:
-    """Maps (N, C, t, h, w) -> global average, float32 (N, C)."""
-    return maps.float().mean((2, 3, 4))
 
 
 def video_features(
@@ -162,14 +156,3 @@ def part(run: Run | Foreign, network: Network) -> nn.Module:
     if module is None:
         raise ValueError(f"{run.folder} has no {NETWORKS[network]}: {run.recipe or 'its recipe'} trains none")
     return module
-
-
-def prepare(raw: Tensor, network: Network, config: Config, settings: Settings) -> Tensor:
-    """Stored pixels or vectors of n clips -> what the network takes, centre crop, nothing drawn."""
-    width, height = settings.width, settings.height
-    box = augment.fixed_box(width, height).to(raw.device).expand(len(raw), 4)
-    flip = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
-    if network == "motion":
-        return augment.crop_motion(raw, box, flip, config.motion_size, width, height)  # (n, 2, W, M, M)
-    frames = raw[:, None] if network == "iframe" else raw
-    return augment.normalise(augment.crop(frames, box, flip, config.size))  # (n, 3, T, S, S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from eval.results import Data, Row
 from train.config import Pretraining
 from train.data import EpochSampler
 from train.device import channels_last, choose_device
+from train.heldout import accuracies
 from train.loader import explaining_workers, make_loader
 from train.model import PretrainingModel
 from train.tasks import PretrainingTask
@@ -67,13 +67,6 @@ def measure(run: Run, data: Data, machine: Machine = AUTO) -> Pretext:
         raise ValueError("one test video has nothing to be told from: name a manifest with more test rows")
     sampler = EpochSampler(len(task.data), size, seed=run.config.seed)
     loader = make_loader(task.data, machine.workers, where, batch_sampler=sampler)
-    total: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=where))
-    with torch.inference_mode():
-        for batch in tqdm(loader, unit="batch", desc="pretext tasks", disable=None, leave=False):
-            batch = {k: v.to(where, non_blocking=True) for k, v in batch.items()}
-            _, found = task.loss(model, task.inputs(batch), batch)
-            for name, value in found.items():
-                if name.endswith("_accuracy"):
-                    total[name.replace("_", " ")] += value
-    metrics = {name: float(100 * value / sampler.steps) for name, value in total.items()}
+    batches = tqdm(loader, unit="batch", desc="pretext tasks", disable=None, leave=False)
+    metrics = {name.replace("_", " "): 100 * share for name, share in accuracies(model, task, batches).items()}
     return Pretext(metrics, sampler.steps * size, sampler.dropped, size)

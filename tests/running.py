@@ -21,8 +21,13 @@ RUNTIME = Runtime(device="cpu", loader_workers=0, log_steps=2, checkpoint_steps=
 TIMINGS = ("clips_per_second", "waiting")
 
 
-def start(tiny: Tiny, out: Path, config: Config | None = None, runtime: Runtime = RUNTIME) -> dict[str, Any]:
-    return train(config or tiny_config(), runtime, tiny[0], Manifest.read(tiny[1]).subset("train"), out)
+def start(
+    tiny: Tiny, out: Path, config: Config | None = None, runtime: Runtime = RUNTIME, watched: bool = False
+) -> dict[str, Any]:
+    """Train on the training rows; `watched`: the test rows are held out, as from the command line."""
+    rows = Manifest.read(tiny[1])
+    held_out = rows.subset("test") if watched else None
+    return train(config or tiny_config(), runtime, tiny[0], rows.subset("train"), out, held_out=held_out)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,7 @@ def test_types_and_shapes_of_a_collated_batch(shards: ShardSet) -> None:
         "clip_box": ((3, 4), torch.float32),
         "clip_flip": ((3,), torch.bool),
         "clip_photo": ((3, 6), torch.float32),
+        "clip_still_removed": ((3,), torch.bool),
         "iframe": ((3, 48, 64, 3), torch.uint8),
         "iframe_box": ((3, 4), torch.float32),
         "iframe_flip": ((3,), torch.bool),
@@ -224,7 +226,8 @@ def test_damaged_pictures_are_named(tmp_path: Path) -> None:
 MANY = 3000
 FEW = Sampling(frames=2, stride=60, motion_frames=2, negatives=2)  # a span of 61 frames, of which two are decoded
 # Of such boxes none is refused for leaving the frame.
-VIEWS = (Cropping(area=(0.1, 0.5), aspect=(0.8, 1.6), flip=0.3), Photometric(blur_p=0.6, jitter_p=0.7, grey_p=0.25))
+COLOURS = Photometric(blur_p=0.6, jitter_p=0.7, grey_p=0.25, still_removed_p=0.4)
+VIEWS = (Cropping(area=(0.1, 0.5), aspect=(0.8, 1.6), flip=0.3), COLOURS)
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +284,18 @@ def test_colours_are_drawn_as_they_are_said_to_be(drawn: list[dict]) -> None:
         assert_uniform(photo[jittered][:, column], middle - strength, middle + strength)
     assert_independent(*photo[jittered][:, 1:5].T)
     assert (photo[~jittered][:, 1:5] == [1, 1, 1, 0]).all()
+
+
+def test_clips_lose_what_stands_still_at_its_rate_and_nothing_else_is_drawn_otherwise(
+    shards: ShardSet, drawn: list[dict]
+) -> None:
+    removed = np.array([s["clip_still_removed"] for s in drawn])
+    np.testing.assert_allclose(removed.mean(), 0.4, atol=4 * (0.24 / MANY) ** 0.5)
+    assert_independent(removed, [s["clip_flip"] for s in drawn], [s["motion_flip"][-1] for s in drawn])
+    plain = PretrainSet(shards, some({PATHS[0]: ""}), FEW, VIEWS[0], replace(COLOURS, still_removed_p=0.0), seed=11)
+    for epoch in range(5):
+        assert same(plain[epoch, 0] | {"clip_still_removed": removed[epoch]}, drawn[epoch])
+        assert not plain[epoch, 0]["clip_still_removed"]
 
 
 def test_iframes_are_drawn_from_the_whole_clip_and_its_reach(drawn: list[dict]) -> None:
@@ -349,7 +364,7 @@ def test_finetuning_clips(shards: ShardSet) -> None:
     sample = data[0, 6]
     assert stamps(sample["clip"])[1] == [4 * t % 25 for t in range(16)]
     assert sample["label"] == 0 and same(sample, data[0, 6]) and not same(sample, data[1, 6])
-    assert set(sample) == {"clip", "clip_box", "clip_flip", "clip_photo", "index", "label"}
+    assert set(sample) == {"clip", "clip_box", "clip_flip", "clip_photo", "clip_still_removed", "index", "label"}
 
 
 def test_finetuning_needs_labels(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,7 @@ def test_wrong_settings_are_refused() -> None:
         lambda: Cropping(aspect=(2, 1)),
         lambda: Cropping(flip=2),
         lambda: Photometric(blur_p=-1),
+        lambda: Photometric(still_removed_p=1.5),
         lambda: Photometric(hue=0.7),
         lambda: Photometric(blur_sigma=(0, 1)),
     ):

@@ -20,7 +20,7 @@ from preprocess.shards import ShardSet
 from train.config import Objective, Supervision
 from train.model import FinetuningModel, PretrainingModel
 from train.objectives import Points
-from train.tasks import FinetuningTask, PretrainingTask
+from train.tasks import FinetuningTask, PretrainingTask, prepare
 
 VIDEOS, POINTS, WINDOWS, WIDTH = 4, 3, 2, 5
 
@@ -110,11 +110,17 @@ def test_clips_and_iframes_are_pooled_by_their_mean() -> None:
     np.testing.assert_allclose(iframes, each.sum(2) / each.shape[2], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mse", "cross_entropy"])
-def test_values_are_predicted_of_the_positive_window(kind: Any) -> None:
-    config = tiny_config(motion_size=32, objective=Objective(1.0, motion_loss=kind))
-    _, _, found = PretrainingModel(config)(torch.randn(4, 3, 8, 32, 32), None, motion_windows())
-    expected = np.tile([0.3, -0.2], (len(found.predicted), 1))
+@pytest.mark.parametrize(("kind", "target"), [("mse", [2.0, -0.5]), ("cross_entropy", [3, 1])])
+def test_values_are_predicted_of_the_positive_window(kind: Any, target: list[float]) -> None:
+    """On the scale of vectors of mean 0.1 and 0, deviation 0.1 and 0.4; quartiles at 0, 0.1, 0.2 and -0.4, 0, 0.4."""
+    config = tiny_config(motion_size=32, objective=Objective(1.0, motion_loss=kind, motion_bins=4))
+    model: Any = PretrainingModel(config)
+    scale = model.motion.scale
+    scale.mean.copy_(torch.tensor([0.1, 0.0]))
+    scale.deviation.copy_(torch.tensor([0.1, 0.4]))
+    scale.edges.copy_(torch.tensor([[0.0, 0.1, 0.2], [-0.4, 0.0, 0.4]]))
+    _, _, found = model(torch.randn(4, 3, 8, 32, 32), None, motion_windows())
+    expected = np.tile(target, (len(found.predicted), 1))
     np.testing.assert_allclose(found.targets, expected, rtol=1e-3)
 
 
@@ -168,6 +174,31 @@ def pictures(count: int, colours: list[list[int]]) -> Tensor:
     """uint8 (1, count, 40, 48, 3), a colour a quarter: upper left, upper right, lower left, lower right."""
     upper, lower = (np.repeat(np.array([row], np.uint8), 24, 1).repeat(20, 0) for row in (colours[:2], colours[2:]))
     return torch.from_numpy(np.concatenate((upper, lower))).expand(1, count, -1, -1, -1)
+
+
+@pytest.mark.parametrize("kind", ["small", "small-scratch"])
+def test_what_stands_still_is_taken_from_the_clips_that_are_drawn(tiny: Tiny, kind: str) -> None:
+    """The left half of a clip stands still, the right half grows brighter by 10 a frame."""
+    config = tiny_config(kind, size=16).changed({"photometric.still_removed_p": 0.5})
+    frames = torch.full((2, 8, 32, 32, 3), 90, dtype=torch.uint8)
+    frames[:, :, :, 16:] = 10 * torch.arange(8, dtype=torch.uint8).view(1, 8, 1, 1, 1)
+    batch = {
+        "clip": frames,
+        "clip_box": torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2),
+        "clip_flip": torch.tensor([False] * 2),
+        "clip_photo": torch.tensor([[0.0, 1, 1, 1, 0, 0]] * 2),
+        "clip_still_removed": torch.tensor([True, False]),
+    }
+    clip, _, _ = prepare(batch, config, ShardSet(tiny[0]).settings, with_iframe=False, with_motion=False)
+    mean, std = (np.array(x)[:, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    rising = 10 * np.arange(8) / 255
+    np.testing.assert_allclose(clip[0, :, :, 5, 2], np.zeros((3, 8)), atol=1e-5)
+    np.testing.assert_allclose(clip[0, :, :, 5, 13], (rising - 35 / 255) / std, atol=1e-5)
+    np.testing.assert_allclose(clip[1, :, :, 5, 2], np.tile((90 / 255 - mean) / std, 8), atol=1e-5)
+    np.testing.assert_allclose(clip[1, :, :, 5, 13], (rising - mean) / std, atol=1e-5)
+    off = config.changed({"photometric.still_removed_p": 0.0})
+    plain, _, _ = prepare(batch, off, ShardSet(tiny[0]).settings, with_iframe=False, with_motion=False)
+    np.testing.assert_allclose(plain[:, :, :, 5, 13], np.stack([(rising - mean) / std] * 2), atol=1e-5)
 
 
 def test_a_clip_its_iframe_and_its_windows_each_have_their_own_crop_flip_and_colours(tiny: Tiny) -> None:

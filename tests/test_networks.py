@@ -175,9 +175,16 @@ def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-def test_pretraining_map_is_layer_4_upsampled_plus_layer_3_stacked() -> None:
+def nearest(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) -> (height, width): of each pixel's upper left corner, the pixel that it lies in."""
+    rows, columns = (np.arange(n) * of // n for n, of in zip((height, width), image.shape))
+    return image[rows[:, None], columns]
+
+
+@pytest.mark.parametrize(("upsampling", "enlarged"), [("trilinear", bilinear), ("nearest", nearest)])
+def test_pretraining_map_is_layer_4_upsampled_plus_layer_3_stacked(upsampling: Any, enlarged: Any) -> None:
     torch.manual_seed(0)
-    network = wake(r3d10(width=2)).double().eval()
+    network: Any = wake(build_video_network("r3d10", width=2, upsampling=upsampling)).double().eval()
     maps: list[Tensor] = []
     network.layer3.register_forward_hook(lambda _module, _inputs, out: maps.append(out.clone()))
     network.layer4.register_forward_hook(lambda _module, _inputs, out: maps.append(out.clone()))
@@ -192,7 +199,7 @@ def test_pretraining_map_is_layer_4_upsampled_plus_layer_3_stacked() -> None:
         for c in range(16):
             for t in range(2):
                 frame = 2 * t if c < 8 else 2 * t + 1  # even frames in the first half of the channels
-                expected[b, c, t] = bilinear(layer4[b, c, t], 5, 7) + layer3[b, c % 8, frame]
+                expected[b, c, t] = enlarged(layer4[b, c, t], 5, 7) + layer3[b, c % 8, frame]
     np.testing.assert_allclose(combined.numpy(), expected, atol=1e-12)
     assert combined.shape[1:] == (network.channels, *network.pretrain_grid(16, 80, 112))
 

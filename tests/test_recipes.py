@@ -15,11 +15,11 @@ from running import RUNTIME, Tiny, assert_same_run, lines, run_again
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train import tasks
-from train.config import Finetuning, Networks, Optimiser
+from train.config import Finetuning, Optimiser
 from train.draws import largest_stride
 from train.loop import train, update
 from train.model import build_model
-from train.objectives import motion_bins, motion_prediction, motion_targets
+from train.objectives import motion_prediction, motion_targets
 from train.recipes import RECIPES
 from train.runs import Origin
 from train.tasks import make_task
@@ -32,8 +32,8 @@ def smaller(name: str, **changes: Any) -> Any:
     """The recipe on 8 frames of 32x32 at stride 2, narrow, on batches of four: all that is not its subject is small."""
     config = RECIPES[name].config
     kind = "small-scratch" if isinstance(config, Finetuning) else "small"
-    backbone, predictor = config.networks.backbone, config.networks.predictor
-    networks = Networks(backbone, GROWS[backbone], 4, 4, predictor, predictor_width=16, head_hidden=16, head_out=8)
+    narrow = {"iframe_width": 4, "motion_width": 4, "predictor_width": 16, "head_hidden": 16, "head_out": 8}
+    networks = replace(config.networks, width=GROWS[config.networks.backbone], **narrow)
     tiny = tiny_config(kind, batch_size=4, epochs=2)
     sampling = replace(tiny.sampling, period=config.sampling.period)
     subject = config.supervision if isinstance(config, Finetuning) else config.objective
@@ -124,6 +124,7 @@ def parts(model: torch.nn.Module) -> set[str]:
 
 
 MOTION = {"motion.network", "motion.predictor", "motion.target_head", "motion.predicted_head"}
+VALUES = {"motion.predictor", "motion.predicted_head", "motion.scale"}
 CONTEXT = {"iframe", "clip_head", "iframe_head"}
 
 
@@ -133,8 +134,8 @@ CONTEXT = {"iframe", "clip_head", "iframe_head"}
         ("small", {"video"} | CONTEXT | MOTION),
         ("small-context", {"video"} | CONTEXT),
         ("small-motion", {"video"} | MOTION),
-        ("small-mse", {"video", "motion.predictor", "motion.predicted_head"} | CONTEXT),
-        ("pretrain-ucf101-c3d-crossent", {"video", "motion.predictor", "motion.predicted_head"} | CONTEXT),
+        ("small-mse", {"video"} | VALUES | CONTEXT),
+        ("pretrain-ucf101-c3d-crossent", {"video"} | VALUES | CONTEXT),
         ("small-scratch", {"video", "dropout", "classifier"}),
         ("small-regularised", {"video", "dropout", "classifier"} | MOTION),
     ],
@@ -176,13 +177,28 @@ def test_finetuning_begins_from_the_pretrained_network(
         start(tiny, tmp_path / "run", config, other)
 
 
-def test_an_ablation_is_one_changed_field() -> None:
+def test_an_ablation_is_one_changed_field_and_released_is_all_that_the_script_has_otherwise() -> None:
     for name, recipe in RECIPES.items():
-        assert len(recipe.changes()) == (1 if recipe.base else 0), name
+        released = 2 + ("c3d" not in name)
+        assert len(recipe.changes()) == (released if name.endswith("-released") else 1 if recipe.base else 0), name
         assert recipe.about.startswith(("Table", "Beside the paper"))
     assert RECIPES["small-mse"].changes() == {"objective.motion_loss": ("mse", "infonce")}
     with pytest.raises(ValueError, match=r"no field is called objective\.beta"):
         RECIPES["small"].config.changed({"objective.beta": 1})
+
+
+@pytest.mark.parametrize("task", ["small", "small-regularised"])
+def test_the_released_start_of_the_predictor_and_upsampling(task: str) -> None:
+    released = {"networks.queries": "zeros", "networks.upsampling": "nearest"}
+    torch.manual_seed(0)
+    ours, theirs = (build_model(smaller(task).changed(changes), 4) for changes in ({}, released))
+    assert (ours.video.upsampling, theirs.video.upsampling) == ("trilinear", "nearest")
+    predictor = ours.motion.predictor
+    assert all(x.min() < -1 for x in (predictor.queries, predictor.in_positions, predictor.out_positions))
+    predictor = theirs.motion.predictor
+    assert (predictor.queries == 0).all() and predictor.queries.requires_grad
+    for positions in (predictor.in_positions, predictor.out_positions):
+        assert positions.min() >= 0 and positions.max() <= 1 and positions.mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_settings_of_the_paper() -> None:
@@ -201,6 +217,9 @@ def test_settings_of_the_paper() -> None:
             assert (config.batch_size, config.epochs, config.supervision.dropout) == (8, 120, dropout)
             assert (config.optimiser.lr_per_sample, config.optimiser.weight_decay) == (rate, decay)
             assert config.supervision.motion_weight == (0.2 if start_ == "regularised" else 0)
+            assert (config.photometric.grey_p, config.photometric.blur_p, config.photometric.jitter_p) == (0, 0.5, 0.5)
+            o = config.optimiser
+            assert (o.warmup_epochs, o.warmup_start, o.floor) == (10, 0.04, 0.01)
 
 
 # ---- supervised training with motion prediction beside it, where some videos are too short for a motion window
@@ -263,7 +282,7 @@ def test_metrics_of_each_task(tiny: Tiny, tmp_path: Path) -> None:
             assert list(line) == ["step", "epoch", "lr", "loss", *own, "gradient_norm"]
 
 
-def test_targets_of_the_paper_s_size_are_8_maps_of_16x16_pixels_in_21_bins() -> None:
+def test_targets_of_the_paper_s_size_are_8_maps_of_16x16_pixels_in_21_classes() -> None:
     """A clip of 16 frames of 112x112 predicts 49 points; each target is the mean of what one of them sees."""
     for name, values in (("pretrain-ucf101-c3d-mse", 2), ("pretrain-ucf101-c3d-crossent", 2 * 21)):
         with torch.device("meta"):
@@ -274,5 +293,3 @@ def test_targets_of_the_paper_s_size_are_8_maps_of_16x16_pixels_in_21_bins() -> 
     maps[0, 0, :, 16:32, 96:112] = 0.5  # five pixels to the right in one block, for the whole window
     targets = motion_targets(maps, (1, 7, 7))
     assert targets.nonzero().tolist() == [[1 * 7 + 6, 0]] and targets[13, 0] == 0.5
-    # Stillness is the middle bin, five pixels the border between bins 15 and 16 of 21, and ten the last.
-    assert motion_bins(torch.tensor([0.0, 0.49, 0.53, 1.0, 7.0, -1.0]), 21).tolist() == [10, 15, 16, 20, 20, 0]

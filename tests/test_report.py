@@ -21,6 +21,7 @@ from test_tables import fixtures, stored
 from eval import neighbours, results
 from eval.publish import collect, page, tables
 from eval.publish.cells import FAMILIES, NINE, published
+from eval.publish.plots import training_curves
 from eval.results import Data
 from preprocess.shards import ShardSet
 from train import runs
@@ -76,6 +77,8 @@ def report(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.mkdir(parents=True)
         (run / "run.json").write_text(json.dumps(ABOUT | {"recipe": "scenes", "trained_on": "scenes"}))
         lines = [{"epoch": e, "context_accuracy": e / 60, "motion_accuracy": e / 90} for e in range(1, 61)]
+        lines[19]["heldout_motion_accuracy"], lines[59]["heldout_motion_accuracy"] = 0.1, 0.3
+        lines[59]["heldout_recall"] = 0.5  # a single point makes no line
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines) + '{"epoch": 61, "con')
     kept, refused = collect.check(stored(folder / "runs", fixtures((*NINE, *FAMILIES))))
     data = Data.open(*tiny)
@@ -96,6 +99,14 @@ def test_the_page_needs_nothing_but_itself(report: Path) -> None:
     assert all(href.startswith("#") or href == "data:," for href, _ in found.links)
     assert not re.search(r"https?:|@import|url\(|<script|<iframe", text)
     assert len(text) < 3_000_000  # noise, the worst there is to compress
+
+
+def test_curves_of_training_and_held_out_videos(report: Path) -> None:
+    ((name, folders, svg),) = training_curves(report.parent / "runs")
+    assert (name, folders) == ("scenes on scenes", ["scenes-s0", "scenes-s1"])
+    said = [text for text in ("context", "motion", "motion, held out", "R@1, held out") if f">{text}<" in svg]
+    assert said == ["context", "motion", "motion, held out"]
+    assert all(svg.count(f">{text}<") == 1 for text in said)  # two runs, one legend
 
 
 def test_every_number_leads_to_its_rows(report: Path) -> None:

@@ -73,7 +73,7 @@ def stop_at(arguments: list[str], out: Path, step: int, number: int) -> tuple[in
 def survive(tiny: Tiny, tmp_path: Path, signals: list[int], config: Config, seed: int) -> None:
     """Run a command, stopping it by each of `signals` at a random step; then let it end, and compare."""
     rng, out = random.Random(seed), tmp_path / "disturbed"
-    options = ["--log-steps", "2", "--checkpoint-steps", "5", "--loader-workers"]
+    options = ["--log-steps", "2", "--checkpoint-steps", "5", "--watch-epochs", "2", "--loader-workers"]
     statuses = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
     total = config.epochs * 6
     for position, number in enumerate(signals):
@@ -93,8 +93,9 @@ def survive(tiny: Tiny, tmp_path: Path, signals: list[int], config: Config, seed
         train_command(tiny, out, config, *options, "1"), cwd=ROOT, env=one_thread(), text=True, capture_output=True
     )
     assert finished.returncode == 0, finished.stderr
-    start(tiny, tmp_path / "undisturbed", config)
+    start(tiny, tmp_path / "undisturbed", config, replace(RUNTIME, watch_epochs=2), watched=True)
     assert_same_run(out, tmp_path / "undisturbed")
+    assert sum("heldout_recall" in line for line in lines(out)) == -(-config.epochs // 2)
 
 
 def test_killed_and_terminated_it_ends_the_same(tiny: Tiny, tmp_path: Path) -> None:

@@ -85,6 +85,10 @@ def test_learning_rate_by_hand() -> None:
     assert all(learning_rate(twice, s, 5) == pytest.approx(2 * learning_rate(config, s, 5)) for s in range(31))
     flat = replace(config, optimiser=Optimiser(lr_per_sample=0.01, warmup_epochs=0))
     assert learning_rate(flat, 0, 5) == pytest.approx(0.08)
+    tuned = Optimiser(lr_per_sample=0.01, warmup_epochs=2, warmup_start=0.04, floor=0.01)
+    expected = {0: 0.0032, 5: 0.0416, 10: 0.08, 20: 0.0404, 30: 0.0008}
+    tuning = replace(config, optimiser=tuned)
+    assert {step: learning_rate(tuning, step, 5) for step in expected} == pytest.approx(expected, abs=1e-8)
 
 
 def test_the_optimiser_gets_the_rate_of_the_step(undisturbed: Path) -> None:

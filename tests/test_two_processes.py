@@ -16,10 +16,9 @@ import torch
 from conftest import tiny_config
 from running import Tiny, lines, run_again, start
 
-from train import checkpoint, tasks
+from train import checkpoint, heldout, tasks
 from train.config import Config, Optimiser
 from train.loop import Terminated
-from train.tasks import prepare
 
 
 def free_port() -> int:
@@ -39,14 +38,18 @@ def in_float64() -> Iterator[None]:
     """Networks, objectives and optimiser in double precision: in single, three steps of so small a batch already turn
     the rounding of a sum over two processes into 1 % of a weight."""
 
-    def doubled(*arguments, **options):
-        torch.set_default_dtype(torch.float32)
-        found = prepare(*arguments, **options)
-        torch.set_default_dtype(torch.float64)
-        return [x.double() for x in found]
+    def doubled(original):
+        def in_float32(*arguments, **options):
+            torch.set_default_dtype(torch.float32)
+            found = original(*arguments, **options)
+            torch.set_default_dtype(torch.float64)
+            return found.double() if isinstance(found, torch.Tensor) else [x.double() for x in found]
+
+        return in_float32
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "prepare", doubled)
+        patch.setattr(tasks, "prepare", doubled(tasks.prepare))
+        patch.setattr(heldout, "prepare", doubled(heldout.prepare))
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -66,24 +69,25 @@ def work(rank: int, tiny: Tiny, folder: Path, ports: list[int]) -> None:
             terminated(tiny, folder, ports[0])
         assert not torch.distributed.is_initialized()
         os.environ["MASTER_PORT"] = str(ports[1])
-        start(tiny, folder / "run", no_dropout_config())
+        start(tiny, folder / "run", no_dropout_config(), watched=True)
 
 
 def terminated(tiny: Tiny, folder: Path, port: int) -> None:
     os.environ["MASTER_PORT"] = str(port)
     with pytest.raises(Terminated, match="saved at step 2 of 3"):  # both agree at the next line
-        start(tiny, folder / "run", no_dropout_config())
+        start(tiny, folder / "run", no_dropout_config(), watched=True)
 
 
 def test_two_processes_compute_what_one_does_and_leave_together(tiny: Tiny, tmp_path: Path) -> None:
     ports = [free_port(), free_port()]
     torch.multiprocessing.start_processes(work, (tiny, tmp_path, ports), nprocs=2, start_method="fork")
     with in_float64():
-        start(tiny, tmp_path / "one", no_dropout_config())
+        start(tiny, tmp_path / "one", no_dropout_config(), watched=True)
     one, two = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "run"))
     torch.testing.assert_close(dict(two["model"]), dict(one["model"]), rtol=1e-6, atol=1e-9)
     assert one["model"]["motion.network.stem.0.weight"].dtype == torch.float64
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "run"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+    assert {"heldout_context_accuracy", "heldout_motion_accuracy", "heldout_recall"} < set(a)
     assert "12 videos" in (tmp_path / "said-0").read_text() and (tmp_path / "said-1").read_text() == ""

@@ -122,15 +122,15 @@ def run(argv: list[str]) -> int:
     from train.loop import Terminated, train
     from train.runs import Origin
 
-    rows = Manifest.read(a.manifest)
-    if a.subset != "all":
-        rows = rows.subset(a.subset)
+    whole = Manifest.read(a.manifest)
+    rows = whole if a.subset == "all" else whole.subset(a.subset)
+    held_out = whole.subset("test") if "test" in whole.subsets and a.subset not in ("all", "test") else None
     pretrained = None
     if isinstance(a, FinetuningArguments) and a.pretrained:
         pretrained = trained.load_pretrained(a.pretrained, a.pretrained_weights)
     origin = Origin(argv[0], dataset_name(a.manifest), a.subset, pretrained)
     try:
-        train(a.config, a.runtime, a.shards, rows, a.out, origin)
+        train(a.config, a.runtime, a.shards, rows, a.out, origin, held_out)
         if not process():
             print(f"done: weights in {a.out / 'checkpoint.pt'}; python -m eval --help says what to ask of them")
     except Terminated as stop:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from kornia.color import rgb_to_grayscale
 from kornia.enhance import (
     adjust_brightness_accumulative,
@@ -34,36 +33,63 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def crop(frames: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Cut one box out of all frames of a clip and resample it, bilinear, to a square.
+    """Cut one box out of all frames of a clip and resample it to a square, antialiased where that shrinks it.
 
-    frames uint8 (B, T, h, w, 3) -> float32 (B, 3, T, size, size), RGB in [0, 1]. The centre of output column i, at
-    (i + 0.5) / size of the box, takes the frame's value there; beyond the outermost pixel centres the edge continues.
+    frames uint8 (B, T, h, w, 3) -> float32 (B, 3, T, size, size), RGB in [0, 1]; see `resample`.
     """
-    b, t, h, w, _ = frames.shape
-    planes = frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)  # (B, 3, T, h, w)
-    out = _resample(planes.view(b, 3 * t, h, w), _positions(box, flip, size))
-    return (out / 255).view(b, 3, t, size, size)
+    return resample(frames, box, flip, size) / 255
 
 
 def crop_motion(
     motion: Tensor, box: Tensor, flip: Tensor, size: int, width: int, height: int, limit: float = 10.0
 ) -> Tensor:
-    """Cut one box out of all maps of a motion window and resample it, bilinear, to a square.
+    """Cut one box out of all maps of a motion window and resample it to a square; see `resample`.
 
     motion int16 (B, W, rows, cols, 2) as stored: quarter pixels of the encoded frame of `width` x `height`, one vector
     a 16x16 macroblock, `INTRA` where there is none (read as zero). Returns float32 (B, 2, W, size, size): (dx, dy) in
     pixels of the crop, dx negated where flipped, clamped to +-limit, over limit.
     """
-    b, w, rows, cols, _ = motion.shape
-    vectors = motion.masked_fill(motion == INTRA, 0).permute(0, 4, 1, 2, 3)  # (B, 2, W, rows, cols)
-    planes = vectors.to(torch.float32, memory_format=torch.contiguous_format).view(b, 2 * w, rows, cols)
-    share_x, share_y = width / (MACROBLOCK * cols), height / (MACROBLOCK * rows)  # whole macroblocks overhang the frame
-    out = _resample(planes, _positions(box, flip, size, share_x, share_y))
+    rows, cols = motion.shape[2:4]
+    vectors = motion.masked_fill(motion == INTRA, 0)
+    covered = width / (MACROBLOCK * cols), height / (MACROBLOCK * rows)  # whole macroblocks overhang the frame
+    out = resample(vectors, box, flip, size, covered)  # (B, 2, W, S, S)
     zoom_x = size / ((box[:, 2] - box[:, 0]) * width)
     zoom_y = size / ((box[:, 3] - box[:, 1]) * height)
     zoom = torch.stack([torch.where(flip, -zoom_x, zoom_x), zoom_y], 1) / QUARTERS  # (B, 2)
-    pixels = out.view(b, 2, w, size, size) * zoom.view(b, 2, 1, 1, 1)
+    pixels = out * zoom[..., None, None, None]
     return pixels.clamp(-limit, limit) / limit
+
+
+def resample(maps: Tensor, box: Tensor, flip: Tensor, size: int, covered: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """A box of each sample's maps as squares: (B, T, h, w, C) -> float32 (B, C, T, size, size).
+
+    The filter of PIL's `resize(box=..., resample=BILINEAR)`, which the authors' release crops with: a triangle as wide
+    as two pixels of the output where the box shrinks, so that nothing aliases, and as two of the input, plain bilinear
+    interpolation, where it grows; beyond the maps' edges weights are shared among what lies inside. Boxes are in
+    fractions of the frame, which covers the upper left `covered` of the maps, across and down.
+    """
+    b, t, h, w, c = maps.shape
+    x0, y0, x1, y1 = box.unbind(1)
+    across = _weights(x0 * (covered[0] * w), x1 * (covered[0] * w), size, w)  # (B, S, w)
+    across = torch.where(flip[:, None, None], across.flip(1), across)
+    down = _weights(y0 * (covered[1] * h), y1 * (covered[1] * h), size, h)  # (B, S, h)
+    # Two batched products; each axis is brought into place by the copy that is there anyway.
+    rows = maps.permute(0, 2, 1, 3, 4).to(torch.float32, memory_format=torch.contiguous_format)  # (B, h, T, w, C)
+    rows = torch.bmm(down, rows.flatten(2)).view(b, size, t, w, c)
+    columns = rows.permute(0, 4, 2, 1, 3).reshape(b, c * t * size, w)
+    return torch.bmm(columns, across.mT).view(b, c, t, size, size)
+
+
+def _weights(low: Tensor, high: Tensor, size: int, length: int) -> Tensor:
+    """What each of `length` pixels weighs in each of `size` outputs from `low` to `high` (B,), which are in pixels.
+
+    (B, size, length), rows that add up to 1.
+    """
+    step = ((high - low) / size)[:, None, None]  # pixels an output
+    outputs, pixels = (torch.arange(n, device=low.device, dtype=low.dtype) + 0.5 for n in (size, length))
+    centre = low[:, None, None] + outputs[:, None] * step  # (B, S, 1)
+    weights = (1 - (pixels - centre).abs() / step.clamp(min=1)).clamp(min=0)  # (B, S, length)
+    return weights / weights.sum(2, keepdim=True)
 
 
 def fixed_box(frame_w: int, frame_h: int, ratio: float = 112 / 128) -> Tensor:
@@ -102,30 +128,15 @@ def normalise(clip: Tensor) -> Tensor:
     return (clip - mean.view(shape)) / std.view(shape)
 
 
+def without_still(clip: Tensor, drawn: Tensor) -> Tensor:
+    """Clips (B, 3, T, S, S), those that are drawn (B,) less their mean over time: what stands still becomes zero."""
+    return torch.where(drawn.view(-1, 1, 1, 1, 1), clip - clip.mean(2, keepdim=True), clip)
+
+
 @cache
 def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation on the device; kept, because a copy from the host waits for it."""
     return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-
-
-def _positions(box: Tensor, flip: Tensor, size: int, share_x: float = 1.0, share_y: float = 1.0) -> Tensor:
-    """Where each output pixel's centre lies in an image of which the frame takes the upper left `share`.
-
-    (B, size, size, 2), (x, y) as grid_sample wants them without align_corners: -1 and 1 are the image's edges.
-    """
-    u = (torch.arange(size, device=box.device, dtype=box.dtype) + 0.5) / size  # (S,)
-    x0, y0, x1, y1 = (e[:, None] for e in box.unbind(1))
-    x = x0 + torch.where(flip[:, None], 1 - u, u) * (x1 - x0)  # (B, S)
-    y = y0 + u * (y1 - y0)
-    shape = (len(box), size, size)
-    return torch.stack(
-        [(2 * share_x * x - 1)[:, None].expand(shape), (2 * share_y * y - 1)[..., None].expand(shape)], -1
-    )
-
-
-def _resample(planes: Tensor, positions: Tensor) -> Tensor:
-    """Planes (B, C, h, w) at positions (B, S, S, 2): one grid serves all frames and channels of a sample."""
-    return F.grid_sample(planes, positions, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _all_then_select(drawn: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:

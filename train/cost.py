@@ -60,6 +60,7 @@ def flops_per_clip(config: Config) -> float:
     # What changes no operation gets its default, so that recipes that differ in nothing else are counted once.
     same = replace(
         config,
+        networks=replace(config.networks, queries="normal", upsampling="trilinear"),
         optimiser=Optimiser(),
         sampling=Sampling(s.frames, motion_frames=s.motion_frames, negatives=s.negatives),
         cropping=Cropping(),

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import simplejpeg
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from preprocess.shards import Shard, ShardSet
@@ -52,6 +54,7 @@ class TrainingSet(Dataset[Sample]):
     |---|---|---|
     | clip | uint8 (T, h, w, 3) | RGB frames |
     | clip_box, clip_flip, clip_photo | float32 (4,), bool, float32 (P,) | its crop, flip and colours |
+    | clip_still_removed | bool | whether it loses its mean over time |
     | iframe | uint8 (H, W, 3) | an I-frame in or near the clip |
     | iframe_box, iframe_flip, iframe_photo | as for the clip | drawn apart from the clip's |
     | motion | int16 (1+K, W, rows, cols, 2) | windows as stored, the positive first |
@@ -105,6 +108,14 @@ class TrainingSet(Dataset[Sample]):
                 (sample["iframe"],) = decode_iframes(shard, np.array([near]), pictures)
         return [sample for *_, sample in drawn]
 
+    def windows(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The positive motion windows of some samples, without their pictures: int16 (n, W, rows, cols, 2), and their
+        boxes float32 (n, 4) and flips bool (n,)."""
+        drawn = [self._draw(key)[3] for key in keys]
+        found = (np.stack([sample[name][0] for sample in drawn]) for name in ("motion", "motion_box", "motion_flip"))
+        motion, boxes, flips = map(torch.from_numpy, found)
+        return motion, boxes, flips
+
     def _draw(self, key: tuple[int, int]) -> tuple[Shard, np.ndarray, int, Sample]:
         """(shard, the clip's frames (T,), its I-frame, the sample without them), both numbered over the shard."""
         epoch, index = key
@@ -131,6 +142,8 @@ class TrainingSet(Dataset[Sample]):
                 "motion_flip": np.array(flips),
                 "serves": bool(self.serves[index]),
             }
+        # Last, so that it shifts no other draw.
+        sample["clip_still_removed"] = bool(rng.random() < self.photometric.still_removed_p)
         return shard, first + (start + stride * np.arange(s.frames)) % frames, near, sample
 
     def _view(self, rng: np.random.Generator, of: str) -> Sample:

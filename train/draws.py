@@ -10,7 +10,7 @@ its right and bottom.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,9 @@ Period = Literal["future", "current"]
 Motion = Literal["vectors", "flow"]
 Generator = np.random.Generator
 
+BEFORE = "before"
+"""A field added once there are runs is field(default=..., metadata={BEFORE: what those runs did}): where it has that
+value it stands in no JSON, so that their hashes stay; where JSON lacks it, it has that value (train.config)."""
 TRIES = 10  # random boxes tried before the centre of the frame is taken
 
 
@@ -95,7 +98,7 @@ class Cropping:
             raise ValueError(f"area is {self.area}; give two shares of the frame, rising, above 0 and at most 1")
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"aspect is {self.aspect}; give two positive ratios, rising, as (0.75, 1.333)")
-        _probability("flip", self.flip)
+        probability("flip", self.flip)
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,13 @@ class Photometric:
     """Shift drawn from - this to this, in turns of the colour circle."""
     grey_p: float = 0.2
     """Probability of losing all colour."""
+    still_removed_p: float = field(default=0.0, metadata={BEFORE: 0.0})
+    """Probability that a clip loses its mean over time, and so what stands still in it: the room cannot be recognised,
+    and motion has to be seen."""
 
     def __post_init__(self) -> None:
-        for name in ("blur_p", "jitter_p", "grey_p", "brightness", "contrast", "saturation"):
-            _probability(name, getattr(self, name))
+        for name in ("blur_p", "jitter_p", "grey_p", "still_removed_p", "brightness", "contrast", "saturation"):
+            probability(name, getattr(self, name))
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"blur_sigma is {self.blur_sigma}; give two positive numbers of pixels, rising")
         if not 0 <= self.hue <= 0.5:
@@ -264,6 +270,6 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def _probability(name: str, value: float) -> None:
+def probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}; choose a number from 0 to 1")

@@ -42,6 +42,7 @@ def export(run: Run, out: Path) -> Path:
     about = {
         "backbone": config.networks.backbone,
         "width": config.networks.width,
+        "upsampling": config.networks.upsampling,
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "frames": config.sampling.frames,
@@ -89,6 +90,7 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> tuple
     about = json.loads(said["about"])
     if checkpoint.sha256(weights) != about["weights_sha256"]:
         raise ValueError(f"{path} is damaged: its weights are not those that were exported; export them again")
-    network = build_video_network(about["backbone"], about["width"])
+    upsampling = about.get("upsampling", "trilinear")  # files from before the field
+    network = build_video_network(about["backbone"], about["width"], upsampling=upsampling)
     checkpoint.load_weights(network, weights, path)
     return network.to(device).eval(), about

@@ -21,6 +21,7 @@ from train import checkpoint, distributed, metrics, runs
 from train.config import Config, Runtime
 from train.data import EpochSampler
 from train.device import channels_last, choose_device
+from train.heldout import hold_out
 from train.loader import explaining_workers, make_loader
 from train.model import build_model
 from train.optimiser import learning_rate, make_optimiser
@@ -46,10 +47,17 @@ def leaving_cleanly() -> Iterator[None]:
 
 @leaving_cleanly()
 def train(
-    config: Config, runtime: Runtime, shards: Path, manifest: Manifest, out: Path, origin: runs.Origin = runs.UNNAMED
+    config: Config,
+    runtime: Runtime,
+    shards: Path,
+    manifest: Manifest,
+    out: Path,
+    origin: runs.Origin = runs.UNNAMED,
+    held_out: Manifest | None = None,
 ) -> dict[str, Any]:
     """Train what `config` says, or go on from out/checkpoint.pt; returns the last line of metrics.
 
+    `held_out` names videos that are looked at now and then (train.heldout), which changes nothing of what is learned.
     `origin` names where things came from; the pretrained run in it gives the first weights of the V-Network. Everything
     random is a function of (seed, epoch, video) or (seed, step), so a run that was killed ends as one that was not.
     Raises ValueError where `out` holds another run, FloatingPointError naming the step where the loss is not
@@ -72,15 +80,21 @@ def train(
     distributed.synchronise_batch_norm(model)
     optimiser = make_optimiser(config.optimiser, model)
     step, pending = resume(out / "checkpoint.pt", config, model, optimiser, total)  # pending: steps without a line
+    if step == 0:
+        task.begin(model)
     batches = iter(make_loader(task.data, runtime.loader_workers, device, batch_sampler=sampler.between(step, total)))
     network: nn.Module = torch.compile(model) if runtime.compile else model  # type: ignore[assignment]
     if ranks > 1:
         network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
     network.train()
     line: dict[str, Any] = {}
+    seen: dict[str, float] = {}  # of held-out videos, the last time
+    apart = hold_out(config, runtime, shard_set, manifest, held_out, sampler.steps * config.batch_size)
     watch = None
     if main:
         announce(task, sampler, model, device, step, total)
+        if apart and step < total:
+            print(apart)
         log = metrics.Metrics(out / "metrics.jsonl", step)
         line = log.last
         if runtime.tensorboard:
@@ -120,11 +134,15 @@ def train(
                 line["clips_per_second"] = (step - first) * config.batch_size / elapsed
                 line["waiting"] = waited / elapsed
                 pending = []
+                if apart and end_of_epoch and apart.due(step // sampler.steps):
+                    seen = apart.measure(model, runtime, device)
+                    line |= seen
+                    network.train()
                 if main:
                     log.write(line)
                     if watch:
                         watch.metrics(line)
-                    bar.set_postfix_str(metrics.dense(line))
+                    bar.set_postfix_str(metrics.dense(seen | line))
                     if bar.disable and end_of_epoch:  # not a terminal: a line an epoch for the log
                         print(metrics.dense(line), flush=True)
             if saving or terminated:
@@ -135,7 +153,7 @@ def train(
             if terminated and step < total:
                 raise Terminated(f"saved at step {step} of {total}; the same command goes on from there")
             if writing:
-                waited, since, first = 0.0, time.monotonic(), step  # the time to save counts for no line
+                waited, since, first = 0.0, time.monotonic(), step  # the time to look and to save counts for no line
     if watch:
         watch.close()
     if held:

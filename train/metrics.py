@@ -64,13 +64,16 @@ class Metrics:
 
 
 def dense(line: Mapping[str, float]) -> str:
-    """A line of metrics for people: every task's loss, its accuracy in brackets."""
+    """A line of metrics for people: every task's loss, in brackets its accuracy and that of held-out videos."""
     tasks = []
     for name, value in line.items():
         if name.endswith("_loss"):
-            accuracy = line.get(name.replace("_loss", "_accuracy"))
-            found = f" ({100 * accuracy:.0f} %)" if accuracy is not None else ""
-            tasks.append(f"{name.removesuffix('_loss')} {value:.2f}{found}")
+            task = name.removesuffix("_loss")
+            shares = {"": line.get(f"{task}_accuracy"), "held out ": line.get(f"heldout_{task}_accuracy")}
+            found = ", ".join(f"{of}{100 * share:.0f} %" for of, share in shares.items() if share is not None)
+            tasks.append(f"{task} {value:.2f}" + (f" ({found})" if found else ""))
+    if "heldout_recall" in line:
+        tasks.append(f"held out R@1 {100 * line['heldout_recall']:.0f} %")
     return (
         f"epoch {line['epoch']:.1f}, {', '.join(tasks)}, lr {line['lr']:.2g}, {line['clips_per_second']:.1f} clips/s, "
         f"waiting {100 * line['waiting']:.0f} %"

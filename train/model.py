@@ -15,6 +15,46 @@ from train.networks.resnet import r2d10, r3d10
 from train.objectives import Points, motion_targets
 
 
+class MotionScale(nn.Module):
+    """The scale of the targets of table 1's other losses, which most points would make nearly constant: mean and
+    deviation of dx and of dy, and the edges that cut them into equally filled classes.
+
+    Buffers, which `fit` sets once a run: so they are saved and restored with its weights.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    edges: Tensor
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("deviation", torch.ones(2))
+        self.register_buffer("edges", torch.linspace(-1, 1, bins + 1)[1:-1].repeat(2, 1))  # (2, bins - 1), rising
+
+    def fit(self, points: Tensor) -> None:
+        """Take the scale of motion vectors (P, 2) in tens of pixels. What is constant keeps its size."""
+        points = points.double()
+        deviation = points.std(0, correction=0)
+        self.mean.copy_(points.mean(0))
+        self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
+        shares = torch.linspace(0, 1, self.edges.shape[1] + 2, dtype=points.dtype, device=points.device)[1:-1]
+        self.edges.copy_(points.quantile(shares, 0).T)
+
+    def standardised(self, points: Tensor) -> Tensor:
+        """(P, 2), of mean 0 and deviation 1 where `fit` saw it."""
+        return (points - self.mean) / self.deviation
+
+    def classes(self, points: Tensor) -> Tensor:
+        """int64 (P, 2), below the number of bins.
+
+        Where many points are the same, as those without motion are, several edges coincide there: such points are a
+        class of their own, in the middle of those that the edges leave empty.
+        """
+        each = points[..., None]  # (P, 2, 1)
+        return ((each > self.edges).sum(-1) + (each >= self.edges).sum(-1)) // 2
+
+
 class MotionPrediction(nn.Module):
     """The lower half of figure 2: M-Network, predictor and heads; for table 1's other losses the predictor alone."""
 
@@ -30,12 +70,14 @@ class MotionPrediction(nn.Module):
             video.pretrain_grid(s.frames, config.size, config.size),
             self.grid,
             n.predictor_width,
+            n.queries,
         )
         if loss == "infonce":
             self.network = network
             self.target_head = MLPHead(network.channels, n.head_hidden, n.head_out)
             self.predicted_head: nn.Module = MLPHead(network.channels, n.head_hidden, n.head_out)
         else:
+            self.scale = MotionScale(bins)
             outputs = 2 if loss == "mse" else 2 * bins
             self.predicted_head = nn.Sequential(
                 nn.Linear(network.channels, n.head_hidden, bias=False),
@@ -48,7 +90,9 @@ class MotionPrediction(nn.Module):
         """features (B, C1, T1, H1, W1), motion (B, 1+K, 2, W, M, M) with the positive window first."""
         predicted = self.predicted_head(flatten_points(self.predictor(features)))  # (B N, C)
         if self.loss_name != "infonce":
-            return Points(predicted, motion_targets(motion[:, 0], self.grid), None)
+            targets = motion_targets(motion[:, 0], self.grid)  # (B N, 2)
+            scaled = self.scale.standardised if self.loss_name == "mse" else self.scale.classes
+            return Points(predicted, scaled(targets), None)
         points = flatten_points(self.network(motion.flatten(0, 1)))  # (B (1+K) N, C3)
         embedded = self.target_head(points).unflatten(0, (*motion.shape[:2], -1))  # (B, 1+K, N, C)
         return Points(predicted, embedded[:, 0].flatten(0, 1), embedded[:, 1:].flatten(0, 2))
@@ -60,7 +104,7 @@ class PretrainingModel(nn.Module):
     def __init__(self, config: Pretraining) -> None:
         super().__init__()
         n, o = config.networks, config.objective
-        self.video = build_video_network(n.backbone, n.width)
+        self.video = build_video_network(n.backbone, n.width, upsampling=n.upsampling)
         if o.alpha < 1:
             self.iframe = r2d10(width=n.iframe_width)
             self.clip_head = MLPHead(self.video.channels, n.head_hidden, n.head_out)
@@ -89,7 +133,7 @@ class FinetuningModel(nn.Module):
     def __init__(self, config: Finetuning, classes: int) -> None:
         super().__init__()
         n, s = config.networks, config.supervision
-        self.video = build_video_network(n.backbone, n.width)
+        self.video = build_video_network(n.backbone, n.width, upsampling=n.upsampling)
         self.dropout = nn.Dropout(s.dropout)
         self.classifier = nn.Linear(self.video.channels, classes)
         if s.motion_weight > 0:

@@ -1,5 +1,5 @@
 """The objectives: context matching (equation 1), motion prediction (equation 2), their sum (equation 3), and the
-regression and classification variants of motion prediction in table 1.
+regression and classification variants of motion prediction in table 1, whose targets `train.model.MotionScale` scales.
 
 B: clips of this rank, N: motion points of a clip, C: width of the embeddings. Embeddings arrive with unit length, so
 that products are the cosines of the paper. Keys come from all ranks, losses and accuracies are means over the rows of
@@ -41,7 +41,7 @@ class Points(NamedTuple):
     predicted: Tensor
     """(B N, C): unit length for equation (2); else values (C = 2) or logits (C = 2 bins) of dx and dy."""
     targets: Tensor
-    """(B N, C), or the vectors themselves, (B N, 2)."""
+    """(B N, C); else (B N, 2), standardised values or numbers of classes."""
     negatives: Tensor | None
     """(B K N, C): points of the negative windows, equation (2) only."""
 
@@ -182,34 +182,25 @@ def motion_targets(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def motion_regression(predicted: Tensor, target: Tensor) -> Loss:
-    """Table 1, MSE: predicted (B·N, 2) against `motion_targets` (B·N, 2). It ranks nothing."""
+    """Table 1, MSE: predicted (B·N, 2) against standardised targets (B·N, 2). It ranks nothing."""
     if predicted.shape != target.shape:
         raise ValueError(f"{tuple(predicted.shape)} values for {tuple(target.shape)} targets; both must be (B·N, 2)")
     return Loss(F.mse_loss(_at_least_float32(predicted), _at_least_float32(target)), None)
 
 
-def motion_classification(logits: Tensor, target: Tensor) -> Loss:
-    """Table 1, cross-entropy: logits (B·N, 2·bins), the classes of dx before those of dy, against `motion_targets`.
+def motion_classification(logits: Tensor, classes: Tensor) -> Loss:
+    """Table 1, cross-entropy: logits (B·N, 2·bins), the classes of dx before those of dy, against int64 (B·N, 2).
 
     The mean over points and components; so is the accuracy.
     """
-    if logits.dim() != 2 or logits.shape[1] < 4 or logits.shape[1] % 2 or target.shape != (len(logits), 2):
+    if logits.dim() != 2 or logits.shape[1] < 4 or logits.shape[1] % 2 or classes.shape != (len(logits), 2):
         raise ValueError(
-            f"{tuple(logits.shape)} logits for {tuple(target.shape)} targets; they must be (B·N, 2·bins) and (B·N, 2), "
-            "with 2 bins or more"
+            f"{tuple(logits.shape)} logits for {tuple(classes.shape)} classes; they must be (B·N, 2·bins) and "
+            "(B·N, 2), with 2 bins or more"
         )
-    bins = logits.shape[1] // 2
-    classes = motion_bins(target, bins).flatten()  # (B·N·2)
-    scores = _at_least_float32(logits).reshape(-1, bins)  # (B·N·2, bins)
-    return Loss(F.cross_entropy(scores, classes), _accuracy(scores.argmax(1), classes, scores.dtype))
-
-
-def motion_bins(target: Tensor, bins: int) -> Tensor:
-    """The class of each value: `bins` classes of equal width over [-1, 1], values beyond in the outermost (int64).
-
-    With an odd number stillness is the middle of a class; with an even one it is the border between two.
-    """
-    return ((target + 1) * (bins / 2)).floor().long().clamp(0, bins - 1)
+    scores = _at_least_float32(logits).reshape(classes.numel(), -1)  # (B·N·2, bins)
+    target = classes.flatten()  # (B·N·2)
+    return Loss(F.cross_entropy(scores, target), _accuracy(scores.argmax(1), target, scores.dtype))
 
 
 def joint(context_loss: Tensor, motion_loss: Tensor, alpha: float, scale: float) -> Tensor:

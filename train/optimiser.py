@@ -9,7 +9,6 @@ from torch import nn
 
 from train.config import Config, Optimiser
 
-WARMUP_START = 0.01
 TABLES = ("in_positions", "out_positions", "queries")
 """Of the predictor: a row a point, which is no map from one space to another."""
 
@@ -31,10 +30,11 @@ def make_optimiser(o: Optimiser, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Linear in the global batch (section 4.1); linear warm-up from 1 %, then a cosine to zero over what is left."""
+    """Linear in the global batch (section 4.1); linear warm-up, then a cosine to the floor over what is left."""
     o = config.optimiser
     peak = o.lr_per_sample * config.batch_size
     warmup, total = o.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
-        return peak * (WARMUP_START + (1 - WARMUP_START) * step / warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+        return peak * (o.warmup_start + (1 - o.warmup_start) * step / warmup)
+    falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))  # from 1 to 0
+    return peak * (o.floor + (1 - o.floor) * falling)

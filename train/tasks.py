@@ -5,6 +5,8 @@ Shapes: B videos, K negative windows, W maps a window, T frames, S and M pixels 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,13 +15,16 @@ from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
 from train import augment
 from train.config import Config, Finetuning, Pretraining
-from train.data import FinetuneSet, PretrainSet
-from train.objectives import Loss, context_matching, joint, motion_loss
+from train.data import EpochSampler, FinetuneSet, PretrainSet
+from train.objectives import Loss, context_matching, joint, motion_loss, motion_targets
 
 Batch = dict[str, Tensor]
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
 Found = dict[str, Tensor]
 """The parts of a loss by name, each a mean over the batch: motion_loss, motion_accuracy, ..."""
+
+
+WINDOWS, CHUNK = 2048, 64  # motion windows that the scale of their vectors is taken of, and so many at a time
 
 
 class PretrainingTask:
@@ -35,6 +40,22 @@ class PretrainingTask:
         """What the model takes of a batch, cropped, flipped and coloured on its device."""
         alpha = self.config.objective.alpha
         return prepare(batch, self.config, self.settings, with_iframe=alpha < 1, with_motion=alpha > 0)
+
+    def begin(self, model: nn.Module) -> None:
+        """What a run does once, before its first step: table 1's other losses take the scale of their targets from the
+        first windows that training draws, whatever the number of processes."""
+        c, s = self.config, self.settings
+        if c.objective.alpha == 0 or c.objective.motion_loss == "infonce":
+            return
+        batches = EpochSampler(len(self.data), c.batch_size, seed=c.seed).between(0, -(-WINDOWS // c.batch_size))
+        keys = [key for batch in batches for key in batch][:WINDOWS]
+        prediction: Any = model.motion
+        points = []
+        for first in range(0, len(keys), CHUNK):
+            windows, boxes, flips = self.data.windows(keys[first : first + CHUNK])
+            maps = augment.crop_motion(windows, boxes, flips, c.motion_size, s.width, s.height)
+            points.append(motion_targets(maps, prediction.grid))
+        prediction.scale.fit(torch.cat(points))
 
     def loss(self, network: nn.Module, inputs: Inputs, _: Batch) -> tuple[Tensor, Found]:
         """The loss to be minimised, and its parts."""
@@ -61,6 +82,9 @@ class FinetuningTask:
         self.data = FinetuneSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, self.with_motion)
         unserved = f"{self.data.unserved} too short for motion prediction"
         self.left_out = unserved if self.with_motion else "none dropped"
+
+    def begin(self, _: nn.Module) -> None:
+        """Nothing: its targets are labels, and features."""
 
     def inputs(self, batch: Batch) -> Inputs:
         return prepare(batch, self.config, self.settings, with_iframe=False, with_motion=self.with_motion)
@@ -103,6 +127,8 @@ def prepare(batch: Batch, config: Config, settings: Settings, with_iframe: bool,
         return augment.normalise(augment.photometric(pixels, batch[f"{of}_photo"], config.photometric.blur_taps))
 
     clip = coloured(batch["clip"], "clip")
+    if config.photometric.still_removed_p > 0:
+        clip = augment.without_still(clip, batch["clip_still_removed"])
     iframe = coloured(batch["iframe"][:, None], "iframe") if with_iframe else None
     motion = None
     if with_motion:

@@ -20,8 +20,15 @@ from train.recipes import RECIPES
 
 COLOURS = ("#3b82f6", "#ea580c", "#10a36e", "#a855f7", "#b45309", "#64748b")  # seen on white and on black
 POINTS = 150  # of a training's curve
-ACCURACIES = {"context_accuracy": 0, "motion_accuracy": 1, "class_accuracy": 2}
-"""Of metrics.jsonl, with their colours."""
+CURVES = {
+    "context_accuracy": ("context", 0, "-"),
+    "heldout_context_accuracy": ("context, held out", 0, ".--"),
+    "motion_accuracy": ("motion", 1, "-"),
+    "heldout_motion_accuracy": ("motion, held out", 1, ".--"),
+    "class_accuracy": ("class", 2, "-"),
+    "heldout_recall": ("R@1, held out", 3, ".--"),
+}
+"""Of metrics.jsonl: what the legend calls them, their colour and style."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,8 @@ def _by_alpha(table: Table) -> list[Series]:
 
 
 def training_curves(folder: Path) -> Iterator[tuple[str, list[str], str]]:
-    """(name, folders of its runs, SVG) for each recipe: accuracies while training, seeds over one another."""
+    """(name, folders of its runs, SVG) for each recipe: accuracies while training, on training and on held-out videos,
+    seeds over one another."""
     logs: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
     for path in sorted(folder.glob("*/run.json")):
         try:
@@ -129,13 +137,13 @@ def training_curves(folder: Path) -> Iterator[tuple[str, list[str], str]]:
     for name, each in logs.items():
         series: list[Series] = []
         for lines in each.values():
-            for column, colour in ACCURACIES.items():
+            for column, (label, colour, style) in CURVES.items():
                 points = [(x["epoch"], 100 * x[column], 0.0) for x in lines if x.get(column) is not None]
                 if len(points) > 1:
-                    seen = colour in {s.colour for s in series}
-                    series.append(Series("" if seen else column.replace("_", " "), _thinned(points), colour, "-"))
+                    seen = label in {s.name for s in series}
+                    series.append(Series("" if seen else label, _thinned(points), colour, style))
         if series:
-            yield name, list(each), chart(f"Training of {name}", series, "epoch", "batch accuracy, %")
+            yield name, list(each), chart(f"Training of {name}", series, "epoch", "accuracy in a batch, R@1, %")
 
 
 def _thinned(points: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:

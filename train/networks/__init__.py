@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from train.networks.c3d import C3D
 from train.networks.predictor import ConvGRUPredictor, Grid, TransformerPredictor
-from train.networks.resnet import ResNet, r2plus1d26, r3d10, r3d26
+from train.networks.resnet import ResNet, Upsampling, r2plus1d26, r3d10, r3d26
 
 VideoNetwork = C3D | ResNet
 Predictor = TransformerPredictor | ConvGRUPredictor
@@ -26,17 +27,28 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
 }
 
 
-def build_video_network(name: str, width: int = 64) -> VideoNetwork:
-    """The V-Network called `name`; ValueError lists the names there are."""
+def build_video_network(name: str, width: int = 64, upsampling: Upsampling = "trilinear") -> VideoNetwork:
+    """The V-Network called `name`; ValueError lists the names there are. C3D has nothing to upsample."""
     if name not in VIDEO_NETWORKS:
         raise ValueError(f"no video network is called {name!r}; there are {', '.join(VIDEO_NETWORKS)}")
-    return VIDEO_NETWORKS[name](width=width)
+    network = VIDEO_NETWORKS[name](width=width)
+    if isinstance(network, ResNet):
+        network.upsampling = upsampling
+    return network
 
 
 def build_predictor(
-    name: str, in_channels: int, out_channels: int, in_grid: Grid, out_grid: Grid, width: int = 512
+    name: str,
+    in_channels: int,
+    out_channels: int,
+    in_grid: Grid,
+    out_grid: Grid,
+    width: int = 512,
+    queries: Literal["normal", "zeros"] = "normal",
 ) -> Predictor:
-    """The predictor called `name`, with its defaults for everything else; ValueError lists the names there are."""
+    """The predictor called `name`, with its defaults for everything else; ValueError lists the names there are. A
+    ConvGRU has no queries."""
     if name not in PREDICTORS:
         raise ValueError(f"no predictor is called {name!r}; there are {', '.join(PREDICTORS)}")
-    return PREDICTORS[name](in_channels, out_channels, in_grid, out_grid, width=width)
+    options = {"queries": queries} if name == "transformer" else {}
+    return PREDICTORS[name](in_channels, out_channels, in_grid, out_grid, width=width, **options)

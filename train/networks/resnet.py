@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Convolution = Literal["3d", "2plus1d", "2d"]
+Upsampling = Literal["trilinear", "nearest"]
 
 
 class ResNet(nn.Module):
@@ -46,6 +47,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.convolution = convolution
         self.stem_stride = stem_stride
+        self.upsampling: Upsampling = "trilinear"
         self.channels = 8 * width * block.expansion
         self.stem = nn.Sequential(
             _conv(convolution, in_channels, width, time=3, space=7, stride=(1, stem_stride)),
@@ -83,7 +85,8 @@ class ResNet(nn.Module):
         layer3 = self._layer3(x)  # (B, 4we, T/4, H/(8s), W/(8s))
         layer4 = self.layer4(layer3)  # (B, 8we, T/8, H/(16s), W/(16s))
         size = (layer4.shape[2], layer3.shape[3], layer3.shape[4])
-        upsampled = F.interpolate(layer4, size, mode="trilinear", align_corners=False)  # (B, 8we, T/8, H/(8s), W/(8s))
+        corners = False if self.upsampling == "trilinear" else None
+        upsampled = F.interpolate(layer4, size, mode=self.upsampling, align_corners=corners)  # as layer3, T/8 frames
         stacked = torch.cat((layer3[:, :, 0::2], layer3[:, :, 1::2]), dim=1)  # (B, 8we, T/8, H/(8s), W/(8s))
         return layer4, upsampled + stacked
 
