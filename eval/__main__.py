@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from train.trained import Run
 
 Runs = tyro.conf.Positional[tuple[Path, ...]]
-NetworkName = Literal["video", "iframe", "motion"]
+NetworkName = Literal["video", "layer4", "iframe", "motion"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def retrieve(
 
     Args:
         run: Folder of a run, the --out of python -m train.
-        network: V-Network, I-Network or M-Network (table 5).
+        network: video, the V-Network's map that both tasks share; layer4, what fine-tuning trains of it; the I- or the
+            M-Network (table 5).
         picture: PNG to write: a query of each of a few classes with its I-frame and motion vectors, and its neighbours.
     """
     from eval.retrieve import measure
@@ -90,7 +91,7 @@ def probe(runs: Runs, common: CommonFlags, network: NetworkName = "video") -> No
 
     Args:
         runs: Folders of runs.
-        network: V-Network, I-Network or M-Network.
+        network: As of retrieve: video, layer4, iframe or motion.
     """
     from eval.probe import compared, measure
 
@@ -148,7 +149,7 @@ def features(run: tyro.conf.Positional[Path], common: CommonFlags, out: Path, ne
     Args:
         run: Folder of a run.
         out: NPZ to write, of the manifest's videos of every subset; it also says where the features came from.
-        network: V-Network, I-Network or M-Network.
+        network: As of retrieve: video, layer4, iframe or motion.
     """
     from eval.features import protocol, store, video_features
     from eval.results import about
@@ -156,7 +157,7 @@ def features(run: tyro.conf.Positional[Path], common: CommonFlags, out: Path, ne
 
     data, loaded = common.data(), load_run(run, common.weights)
     found = video_features(loaded, data, network, common.machine())
-    how = protocol(loaded.config, network)
+    how = protocol(loaded.config, network, found.failed)
     store(out, found, data, about(loaded, data) | {"network": network, "protocol": how})
     print(f"{len(found.vectors)} features of {found.vectors.shape[1]} numbers in {out}; {how}")
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from eval import figures
-from eval.features import AUTO, CLIPS, Machine, Run, over_clips
+from eval.features import AUTO, CLIPS, Machine, Run, dropped, over_clips
 from eval.results import Data, Row
 from train import runs
 from train.config import Config
@@ -39,8 +39,8 @@ class Classification:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Percent; top-5 only where there are five classes."""
-        ks = [k for k in KS if k <= len(self.classes)]
+        """Percent; top-5 only where there are more than five classes."""
+        ks = [k for k in KS if k == 1 or k < len(self.classes)]
         return {f"top-{k}": top(self.scores, self.label, k) for k in ks}
 
     @property
@@ -85,7 +85,9 @@ def measure(run: Run, data: Data, machine: Machine = AUTO) -> Classification:
     if unlabelled := int((clip_set.label < 0).sum()):
         raise ValueError(f"{unlabelled} of {len(clip_set)} test videos have no label: leave them out of the manifest")
     (scores,) = over_clips(run.model, clip_set, run.config, softmax, machine=machine)
-    return Classification(data.name, tuple(data.shards.classes), scores, clip_set.label, protocol(run.config))
+    return Classification(
+        data.name, tuple(data.shards.classes), scores, clip_set.label, protocol(run.config, clip_set.failed)
+    )
 
 
 def softmax(outputs: tuple[Tensor, Any]) -> Tensor:
@@ -126,11 +128,11 @@ def check(run: Run, classes: Sequence[str]) -> None:
     )
 
 
-def protocol(config: Config) -> str:
+def protocol(config: Config, failed: int = 0) -> str:
     """How the scores are made, in one sentence; it is printed and stored with every number."""
     s, size = config.sampling, config.size
     return (
         f"{CLIPS} evenly spread clips a video ({s.frames} frames at stride {s.stride}), short side "
         f"{round(size * 128 / 112)}, centre {size}, softmax scores averaged over the clips, no augmentation, "
-        "no video dropped"
+        f"{dropped(failed)}"
     )

@@ -179,11 +179,11 @@ def measure(run: Run | Foreign, data: Data, machine: Machine = AUTO) -> Diagnosi
     for name, side in sides.items():
         if (side.label < 0).any():
             raise ValueError(f"some {name} videos have no label: leave them out of the manifest")
-    network = part(run, "video")
+    network, failed = part(run, "video"), sum(side.failed for side in sides.values())
     (gallery,) = over_clips(network, sides["train"], config, vectors, machine=machine)
     altered = over_clips(network, sides["test"], config, vectors, tuple(VIEWS.values()), machine)
     found = {view: nearest(queries, gallery, 1)[:, 0] for view, queries in zip(VIEWS, altered)}
-    return count(found, sides["test"].label, sides["train"].label, shards.classes, protocol(config))
+    return count(found, sides["test"].label, sides["train"].label, shards.classes, protocol(config, failed))
 
 
 def count(
@@ -257,10 +257,11 @@ def load_module(
     return Foreign(out, config, name, module)
 
 
-def protocol(config: Config) -> str:
+def protocol(config: Config, failed: int = 0) -> str:
     """How the shares are made, in one sentence; it is printed and stored with them."""
     return (
-        features_protocol(config, "video") + "; R@1 of test queries among the training videos; queries as they are, "
+        features_protocol(config, "video", failed)
+        + "; R@1 of test queries among the training videos; queries as they are, "
         f"reversed, frozen to frame {config.sampling.frames // 2} of the clip, and with each clip's frames shuffled "
         f"(seed {SEED}), against the gallery as it is"
     )

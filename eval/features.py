@@ -18,13 +18,19 @@ from train.config import Config
 from train.data import ClipSet, Modality
 from train.device import channels_last, choose_device
 from train.loader import explaining_workers, make_loader
-from train.readout import pooled, prepare
+from train.readout import SharedMap, pooled, prepare
 from train.trained import Run
 
-Network = Literal["video", "iframe", "motion"]
+Network = Literal["video", "layer4", "iframe", "motion"]
+"""What is read: the map that both pretraining tasks share (section 3.2), plain layer 4, or one of the other networks."""
 View = Callable[[Tensor, Tensor], Tensor]
 """Decoded clips (V, clips, ...) and the videos' rows of their data set (V,) -> clips of the same shape."""
-NETWORKS: dict[Network, str] = {"video": "V-Network", "iframe": "I-Network", "motion": "M-Network"}
+NETWORKS: dict[Network, str] = {
+    "video": "V-Network, the map that both tasks share",
+    "layer4": "V-Network, plain layer 4",
+    "iframe": "I-Network",
+    "motion": "M-Network",
+}
 SAMPLE_KEYS: dict[Modality, str] = {"video": "clips", "iframe": "iframes", "motion": "motion"}
 CLIPS = 10
 VIDEOS_A_BATCH = 4
@@ -52,21 +58,29 @@ class Features:
     """Class numbers, int32 (V,), -1 unknown."""
     video: np.ndarray
     """Positions in the shard set, int64 (V,)."""
+    failed: int
+    """Videos of the manifest that stage 1 could not store."""
 
 
-def protocol(config: Config, network: Network, clips: int = CLIPS) -> str:
+def protocol(config: Config, network: Network, failed: int = 0, clips: int = CLIPS) -> str:
     """How features are made, in one sentence; it is printed and stored with every number."""
     s, size = config.sampling, config.size
     short = round(size * 128 / 112)
+    frames = f"{s.frames} frames at stride {s.stride}"
     what = {
-        "video": f"{s.frames} frames at stride {s.stride}",
+        "video": frames,
+        "layer4": frames,
         "iframe": "the I-frame nearest the clip's centre",
         "motion": f"{s.motion_frames} motion maps around the clip's centre",
     }[network]
     return (
         f"{NETWORKS[network]}, {clips} evenly spread clips a video ({what}), short side {short}, centre {size}, global "
-        "average pooling, clips averaged, cosine similarity, no augmentation, no video dropped"
+        f"average pooling, clips averaged, cosine similarity, no augmentation, {dropped(failed)}"
     )
+
+
+def dropped(failed: int) -> str:
+    return f"{failed} videos dropped that stage 1 could not store" if failed else "no video dropped"
 
 
 def unchanged(clips: Tensor, _: Tensor) -> Tensor:
@@ -77,9 +91,10 @@ def video_features(
     run: Run, data: Data, network: Network = "video", machine: Machine = AUTO, clips: int = CLIPS
 ) -> Features:
     """Features of all videos of the data's manifest."""
-    clip_set = ClipSet(data.shards, data.manifest, run.config.sampling, clips, network)
+    modality: Modality = "video" if network == "layer4" else network
+    clip_set = ClipSet(data.shards, data.manifest, run.config.sampling, clips, modality)
     (vectors,) = over_clips(part(run, network), clip_set, run.config, pooled, machine=machine)
-    return Features(vectors, clip_set.label, clip_set.video)
+    return Features(vectors, clip_set.label, clip_set.video, clip_set.failed)
 
 
 def sides(run: Run, data: Data, network: Network, machine: Machine) -> tuple[Features, Features]:
@@ -132,7 +147,7 @@ def over_clips(
     progress: dict[str, Any] = {"unit": " videos", "unit_scale": VIDEOS_A_BATCH, "disable": None, "leave": False}
     found: list[Tensor] = []
     with torch.inference_mode():
-        for batch in tqdm(loader, desc=NETWORKS[network], **progress):
+        for batch in tqdm(loader, desc="features", **progress):
             clips = batch[SAMPLE_KEYS[network]].to(where, non_blocking=True)  # (V, clips, ...)
             values = []
             for view in views:
@@ -142,15 +157,17 @@ def over_clips(
             found.append(torch.stack(values))
     every = torch.cat(found, 1).numpy()
     if not np.isfinite(every).all():
-        raise ValueError(f"the {NETWORKS[network]} gives numbers that are not finite: are its weights sound?")
+        raise ValueError("the network gives numbers that are not finite: are its weights sound?")
     return every
 
 
 def part(run: Run | Foreign, network: Network) -> nn.Module:
-    """The V-, I- or M-Network of a run; a foreign network is a V-Network."""
+    """What of a run is read; a foreign network is its own."""
     if isinstance(run, Foreign):
         return run.network
-    module = getattr(run.model, network, None)
+    if network == "video":
+        return SharedMap(run.model.video)
+    module = getattr(run.model, "video" if network == "layer4" else network, None)
     if network == "motion":
         module = getattr(module, "network", None)
     if module is None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.features import AUTO, Machine, Network, Run, protocol, sides
 from eval.results import Data, Row, number_table
-from eval.retrieve import chance, chance_line, labellings, nearest
+from eval.retrieve import chance, labellings, nearest
 
 KS = tuple(range(1, 21))
 SHOWN = (1, 5, 10, 20)
@@ -53,6 +53,7 @@ class Probe:
 def measure(run: Run, data: Data, network: Network = "video", machine: Machine = AUTO) -> Probe:
     """k-NN and a linear probe of a run's features. ValueError where a video has no label, or one class is all."""
     test, train = sides(run, data, network, machine)
+    how = protocol(run.config, network, test.failed + train.failed)
     order = nearest(test.vectors, train.vectors, max(KS))
     knn: dict[str, dict[int, float]] = {}
     linear, by_chance = {}, {}
@@ -61,15 +62,16 @@ def measure(run: Run, data: Data, network: Network = "video", machine: Machine =
         knn[name] = {k: _percent(guess == true) for k, guess in zip(KS, vote(known[order]).T)}
         linear[name] = _percent(linear_classifier(train.vectors, known, test.vectors) == true)
         by_chance[name] = chance(true, known)
-    return Probe(len(test.label), len(train.label), network, knn, linear, by_chance, protocol(run.config, network))
+    return Probe(len(test.label), len(train.label), network, knn, linear, by_chance, how)
 
 
 def compared(found: Mapping[str, Probe]) -> str:
     """Markdown: a line a network, for each labelling some votes and the linear probe, in percent."""
     first = next(iter(found.values()))
     lines = {title: _shown(probe) for title, probe in found.items()}
+    by_chance = {head: first.chance[head.split()[0]] for head in next(iter(lines.values()))}
     how = f"{first.queries} queries, {first.gallery} in the gallery; {first.protocol}\nk=: {VOTE}\nlinear: {LINEAR}"
-    return f"{how}\n{number_table(lines)}\n{chance_line(first.chance)}"
+    return f"{how}\n{number_table(lines | {'by chance': by_chance})}"
 
 
 def _shown(probe: Probe) -> dict[str, float]:

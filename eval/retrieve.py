@@ -28,17 +28,14 @@ class Retrieval:
     """Gallery rows by falling similarity, int64 (Q, k)."""
     recalls: dict[str, dict[int, float]]
     """For each of `labellings` its R@k in percent."""
-    chance: dict[str, float]
-    """R@1 in percent of a neighbour drawn at random."""
+    chance: dict[str, dict[int, float]]
+    """The same of neighbours drawn at random."""
     protocol: str
-
-    def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
-        return {f"{name} R@{k}": of[k] for name, of in self.recalls.items() for k in ks if k in of}
 
     def records(self) -> list[Row]:
         sizes = {"queries": len(self.query), "gallery": len(self.gallery)}
         about = {"kind": "retrieval", "network": self.network, "protocol": self.protocol}
-        return [about | sizes | {"metrics": self.metrics()}]
+        return [about | sizes | {"metrics": named(self.recalls), "chance": named(self.chance)}]
 
     def markdown(self, title: str) -> str:
         return compared({title: self}, KS)
@@ -52,13 +49,17 @@ class Retrieval:
 def measure(
     run: Run, data: Data, network: Network = "video", machine: Machine = AUTO, ks: Sequence[int] = KS
 ) -> Retrieval:
-    """Test videos query the training videos, by the protocol of `eval.features.protocol`."""
+    """Test videos query the training videos, by the protocol of `eval.features.protocol`.
+
+    A k that reaches the size of the gallery is left out: everything is found there.
+    """
     test, train = sides(run, data, network, machine)
+    ks = [k for k in ks if k == 1 or k < len(train.label)]
     order = nearest(test.vectors, train.vectors, max(ks))
     labelled = {name: (of[test.label], of[train.label]) for name, of in labellings(data.shards.classes).items()}
     recalls = {name: {k: recall(order, *labels, k) for k in ks} for name, labels in labelled.items()}
-    by_chance = {name: chance(*labels) for name, labels in labelled.items()}
-    how = protocol(run.config, network)
+    by_chance = {name: {k: chance(*labels, k) for k in ks} for name, labels in labelled.items()}
+    how = protocol(run.config, network, test.failed + train.failed)
     return Retrieval(data, network, test.video, train.video, order, recalls, by_chance, how)
 
 
@@ -66,12 +67,13 @@ def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,)) -> str:
     """Markdown: the recalls of some networks, a line each, with the protocol of the first, and chance."""
     first = next(iter(found.values()))
     how = f"{len(first.query)} queries, {len(first.gallery)} in the gallery; {first.protocol}"
-    table = number_table({title: retrieval.metrics(ks) for title, retrieval in found.items()})
-    return f"{how}\n{table}\n{chance_line(first.chance)}"
+    lines = {title: named(retrieval.recalls, ks) for title, retrieval in found.items()}
+    return f"{how}\n{number_table(lines | {'by chance': named(first.chance, ks)})}"
 
 
-def chance_line(chances: Mapping[str, float]) -> str:
-    return "R@1 by chance: " + ", ".join(f"{name} {value:.1f}" for name, value in chances.items())
+def named(recalls: Mapping[str, Mapping[int, float]], ks: Sequence[int] = KS) -> dict[str, float]:
+    """What rows and tables call recalls."""
+    return {f"{name} R@{k}": of[k] for name, of in recalls.items() for k in ks if k in of}
 
 
 def folder_names(folders: Sequence[Path]) -> list[str]:
@@ -93,9 +95,12 @@ def recall(order: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarr
     return 100 * float(hits.any(1).mean())
 
 
-def chance(query_labels: np.ndarray, gallery_labels: np.ndarray) -> float:
-    """R@1 in percent of neighbours drawn at random."""
-    return 100 * float((query_labels[:, None] == gallery_labels).mean())
+def chance(query_labels: np.ndarray, gallery_labels: np.ndarray, k: int = 1) -> float:
+    """R@k in percent of k neighbours drawn at random, each at most once."""
+    others = (query_labels[:, None] != gallery_labels).sum(1, keepdims=True)  # (Q, 1)
+    drawn = np.arange(k)
+    missed = (np.maximum(others - drawn, 0) / (len(gallery_labels) - drawn)).prod(1)  # (Q,), all k are others
+    return 100 * float(1 - missed.mean())
 
 
 def labellings(classes: Sequence[str]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from train.distributed import gather_with_gradient, rank, world_size
 from train.draws import largest_stride
 from train.loader import make_loader
 from train.model import FinetuningModel, PretrainingModel
-from train.readout import pooled, prepare
+from train.readout import SharedMap, pooled, prepare
 from train.tasks import Batch, PretrainingTask
 
 Model = PretrainingModel | FinetuningModel
@@ -78,10 +78,10 @@ class HeldOut:
         mine = [i % total for i in range(rank() * share, (rank() + 1) * share)]
         batches = [mine[i : i + AT_ONCE] for i in range(0, share, AT_ONCE)]
         loader = make_loader(self.clips, workers, device, batch_sampler=batches, generator=torch.Generator())
-        features = []
+        shared, features = SharedMap(model.video), []
         for batch in loader:
             clips = batch["clips"][:, 0].to(device, non_blocking=True)  # (n, T, h, w, 3)
-            features.append(pooled(model.video.forward_pretrain(prepare(clips, "video", config, settings))))
+            features.append(pooled(shared(prepare(clips, "video", config, settings))))
         every = F.normalize(gather_with_gradient(torch.cat(features))[:total])  # (queries + gallery, C)
         nearest = (every[: self.queries] @ every[self.queries :].T).argmax(1).cpu().numpy()
         own, theirs = self.clips.label[: self.queries], self.clips.label[self.queries :]

@@ -150,11 +150,11 @@ def markdown(table: Table) -> str:
 
 def document(tables: Sequence[Table], refused: Refused) -> str:
     """All tables as one Markdown page, ending with the rows that were left out."""
-    filled = sum(1 for t in tables for e in t.entries.values() if e.value)
-    total = sum(1 for t in tables for e in t.entries.values() if e.cell)
-    about = (
-        f"{filled} of {total} numbers were run here. Ours: mean ± sample deviation over seeds, in percent; a dash is"
-    )
+    counts = []
+    for papers, name in ((True, "of the paper's numbers"), (False, "of our own")):
+        cells = [e for t in tables if (t.name in NINE) == papers for e in t.entries.values() if e.cell]
+        counts.append(f"{sum(e.value is not None for e in cells)} of {len(cells)} {name}")
+    about = f"Run here: {' and '.join(counts)}. Ours: mean ± sample deviation over seeds, in percent; a dash is"
     head = ["# Tables", "", f"{about} a dash in the paper.", ""]
     tail = ["## Rows left out", "", *(f"- `{row['file']}`: {reason}." for row, reason in refused)] if refused else []
     return "\n".join([*head, *(markdown(t) for t in tables), *tail]).rstrip() + "\n"
