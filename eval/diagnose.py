@@ -29,7 +29,7 @@ from eval.features import AUTO, CLIPS, Machine, Run, View, over_clips, part, poo
 from eval.features import protocol as features_protocol
 from eval.results import Data, Foreign, Row, number_table
 from eval.retrieve import chance, labellings, nearest
-from train.config import Config, Pretraining
+from train.config import Pretraining
 from train.data import ClipSet
 from train.draws import Sampling
 
@@ -183,7 +183,7 @@ def measure(run: Run | Foreign, data: Data, machine: Machine = AUTO) -> Diagnosi
     (gallery,) = over_clips(network, sides["train"], config, vectors, machine=machine)
     altered = over_clips(network, sides["test"], config, vectors, tuple(VIEWS.values()), machine)
     found = {view: nearest(queries, gallery, 1)[:, 0] for view, queries in zip(VIEWS, altered)}
-    return count(found, sides["test"].label, sides["train"].label, shards.classes, protocol(config, failed))
+    return count(found, sides["test"].label, sides["train"].label, shards.classes, protocol(run, failed))
 
 
 def count(
@@ -257,12 +257,13 @@ def load_module(
     return Foreign(out, config, name, module)
 
 
-def protocol(config: Config, failed: int = 0) -> str:
+def protocol(run: Run | Foreign, failed: int = 0) -> str:
     """How the shares are made, in one sentence; it is printed and stored with them."""
+    name = "a network given" if isinstance(run, Foreign) else ""
+    middle = run.config.sampling.frames // 2
     return (
-        features_protocol(config, "video", failed)
-        + "; R@1 of test queries among the training videos; queries as they are, "
-        f"reversed, frozen to frame {config.sampling.frames // 2} of the clip, and with each clip's frames shuffled "
+        f"{features_protocol(run.config, 'video', failed, name)}; R@1 of test queries among the training videos; "
+        f"queries as they are, reversed, frozen to frame {middle} of the clip, and with each clip's frames shuffled "
         f"(seed {SEED}), against the gallery as it is"
     )
 

@@ -22,7 +22,7 @@ from train.readout import SharedMap, pooled, prepare
 from train.trained import Run
 
 Network = Literal["video", "layer4", "iframe", "motion"]
-"""What is read: the map that both pretraining tasks share (section 3.2), plain layer 4, or one of the other networks."""
+"""What is read: the map that both pretraining tasks share (section 3.2), plain layer 4, or the I- or M-Network."""
 View = Callable[[Tensor, Tensor], Tensor]
 """Decoded clips (V, clips, ...) and the videos' rows of their data set (V,) -> clips of the same shape."""
 NETWORKS: dict[Network, str] = {
@@ -62,7 +62,7 @@ class Features:
     """Videos of the manifest that stage 1 could not store."""
 
 
-def protocol(config: Config, network: Network, failed: int = 0, clips: int = CLIPS) -> str:
+def protocol(config: Config, network: Network, failed: int = 0, name: str = "") -> str:
     """How features are made, in one sentence; it is printed and stored with every number."""
     s, size = config.sampling, config.size
     short = round(size * 128 / 112)
@@ -74,8 +74,8 @@ def protocol(config: Config, network: Network, failed: int = 0, clips: int = CLI
         "motion": f"{s.motion_frames} motion maps around the clip's centre",
     }[network]
     return (
-        f"{NETWORKS[network]}, {clips} evenly spread clips a video ({what}), short side {short}, centre {size}, global "
-        f"average pooling, clips averaged, cosine similarity, no augmentation, {dropped(failed)}"
+        f"{name or NETWORKS[network]}, {CLIPS} evenly spread clips a video ({what}), short side {short}, centre "
+        f"{size}, global average pooling, clips averaged, cosine similarity, no augmentation, {dropped(failed)}"
     )
 
 

@@ -54,9 +54,13 @@ def test_features_are_those_of_the_run_bit_for_bit(
         return features.video_features(run, data, machine=Machine("cpu", 0)).vectors
 
     own = look()
-    for other in (network, by_hand):
+    for other in (network.video, by_hand):
         run.model.video = other
         np.testing.assert_array_equal(look(), own)
+    clip, (plain, _) = torch.rand(1, 3, 8, 32, 32), load_backbone(out, layer="layer4")
+    with torch.inference_mode():
+        assert torch.equal(network(clip), by_hand.eval().forward_pretrain(clip))
+        assert torch.equal(plain(clip), by_hand(clip)) and plain(clip).shape != network(clip).shape
     assert not network.training
     assert about["epoch"] == run.epoch and about["config_sha256"] == run.config.sha256()
     assert (about["frames"], about["stride"], about["size"]) == (8, 2, 32)

@@ -45,6 +45,8 @@ class Recorder(nn.Module):
         self.seen.append(x)
         return x[..., :1, :1]
 
+    forward_pretrain = forward
+
 
 # ---- what the networks are shown
 
@@ -72,7 +74,8 @@ def test_pixels_are_cut_from_the_middle_and_not_mirrored(network: features.Netwo
     planes = [np.broadcast_to(red, (56, 56)), np.broadcast_to(green[:, None], (56, 56)), np.full((56, 56), 77)]
     expected = np.stack([(p / 255 - mean) / std for p, mean, std in zip(planes, *IMAGENET)])
     for clip in made.numpy():
-        np.testing.assert_allclose(clip, np.broadcast_to(expected[:, None], clip.shape), atol=1e-4)
+        # Where a crop shrinks, the filter's few weights give a ramp back to a fifth of a grey level.
+        np.testing.assert_allclose(clip, np.broadcast_to(expected[:, None], clip.shape), atol=0.2 / 255 / 0.224)
 
 
 def test_motion_is_cut_as_the_pixels_are_and_measured_in_pixels_of_the_crop() -> None:
@@ -188,7 +191,7 @@ def test_trained_weights_are_those_of_the_checkpoint(joint_run: Path, tmp_path: 
 
 
 def test_videos_without_labels_have_no_sides(tiny: Tiny, joint_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nameless = features.Features(np.zeros((4, 2), np.float32), np.array([0, -1, 0, 0]), np.arange(4))
+    nameless = features.Features(np.zeros((4, 2), np.float32), np.array([0, -1, 0, 0]), np.arange(4), 0)
     labelled = replace(nameless, label=np.zeros(4, int))
     for order in ([nameless, labelled], [labelled, nameless]):
         monkeypatch.setattr(features, "video_features", lambda *_, order=order: order.pop())

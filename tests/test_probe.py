@@ -106,7 +106,9 @@ def test_the_command_stores_two_rows_a_run(
     shown = [rows[0]["metrics"][f"both top-1 k={k}"] for k in (1, 5, 10)] + [rows[1]["metrics"]["both top-1"]]
     assert f"| {joint_run} | " in said and "| " + " | ".join(f"{v:.1f}" for v in shown) + " |\n" in said
     assert "of classes with equal votes" in rows[0]["protocol"] and "C = 1" in rows[1]["protocol"]
-    assert said.startswith("8 queries, 12 in the gallery; V-Network, 10 evenly spread clips")
-    assert "chance: context 50.0, motion 50.0, both 25.0" in said
+    assert said.startswith(
+        "8 queries, 12 in the gallery; V-Network, the map that both tasks share, 10 evenly spread clips"
+    )
+    assert "| by chance | 50.0 | 50.0 | 50.0 | 50.0 |" in said
     assert evaluate(monkeypatch, "probe", *options(tiny)) == 1
     assert "give the folders of one or more runs" in capsys.readouterr().err

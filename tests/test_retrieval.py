@@ -65,6 +65,8 @@ def test_recall_and_chance_by_hand() -> None:
     queries, gallery = np.array([7, 7, 8]), np.array([7, 7, 9])
     assert [recall(order, queries, gallery, k) for k in (1, 2, 3)] == pytest.approx([100 / 3, 200 / 3, 200 / 3])
     assert chance(queries, gallery) == pytest.approx(100 * (2 + 2 + 0) / 9)
+    # Of 5 in the gallery 2 are right: both draws miss with 3/5 · 2/4; of the other query none is right.
+    assert chance(np.array([7, 8]), np.array([7, 7, 9, 9, 9]), 2) == pytest.approx(100 * (1 - 3 / 5 * 2 / 4) / 2)
 
 
 def test_labels_of_two_parts_are_scored_three_times() -> None:
@@ -86,8 +88,10 @@ def test_retrieval_finds_what_its_features_say(tiny: Tiny, joint_run: Path) -> N
         for k in (1, 5):
             expected = naive_recall(queries.astype(float), gallery.astype(float), *labels, k)
             assert found.recalls[name][k] == pytest.approx(expected)
-        agree = [a == b for a in labels[0] for b in labels[1]]
-        assert found.chance[name] == pytest.approx(100 * sum(agree) / len(agree))
+            others = [sum(a != b for b in labels[1]) for a in labels[0]]
+            missed = [math.comb(n, k) / math.comb(len(labels[1]), k) for n in others]
+            assert found.chance[name][k] == pytest.approx(100 * (1 - sum(missed) / len(missed)))
+    assert list(retrieve.measure(loaded, data, machine=CPU, ks=(1, 11, 12, 20)).recalls["both"]) == [1, 11]
 
 
 # ---- what is stored and printed
@@ -117,7 +121,8 @@ def test_retrieve_prints_its_protocol_and_stores_the_number(
     assert evaluate(monkeypatch, *asked, *options(tiny)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("8 queries, 12 in the gallery; M-Network, 10 evenly spread clips")
-    assert "R@1 by chance: context 50.0, motion 50.0, both 25.0" in lines and str(picture) in lines
+    by_chance = next(line for line in lines if line.startswith("| by chance | 50.0 | "))
+    assert by_chance.count("|") == lines[1].count("|") == 2 + 3 * 3 and str(picture) in lines  # R@1, 5, 10 of 12
     path = Path(lines[-1].removeprefix("stored in "))
     assert path.parent == joint_run / "results" and path.name.startswith("retrieval-")
     row = json.loads(path.read_text())
@@ -144,9 +149,9 @@ def test_compare_tells_runs_of_the_same_name_apart(
     said = capsys.readouterr().out
     table = [line for line in said.splitlines() if line.startswith("| ")]
     assert table[0] == "|  | context R@1 | motion R@1 | both R@1 |"
-    assert [line.split("|")[1].strip() for line in table[1:]] == ["untrained", str(joint_run), str(copy)]
+    assert [line.split("|")[1].strip() for line in table[1:]] == ["untrained", str(joint_run), str(copy), "by chance"]
     assert table[2].split("|")[2:] == table[3].split("|")[2:]
-    assert "chance: context 50.0, motion 50.0, both 25.0" in said and picture.exists()
+    assert table[4] == "| by chance | 50.0 | 50.0 | 25.0 |" and picture.exists()
     assert said.count("stored in ") == 3
     assert evaluate(monkeypatch, "compare", *options(tiny)) == 1
     assert "nothing to compare: give the folders" in capsys.readouterr().err

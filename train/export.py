@@ -7,7 +7,8 @@
 
 `network` takes clips float32 (B, 3, T, H, W): RGB in [0, 1], less about["mean"], over about["std"], `about["frames"]`
 frames at stride `about["stride"]`, `about["size"]` pixels square; it returns maps (B, C, T1, H1, W1), whose mean over
-the last three axes is a clip's feature. By hand, without this module:
+the last three axes is a clip's global feature: the map that both pretraining tasks share, or with `layer="layer4"` that
+of the last layer alone, which fine-tuning trains. By hand, without this module (forward_pretrain gives the shared map):
 
     from safetensors.torch import load_file
     from train.networks import build_video_network
@@ -19,16 +20,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from preprocess.files import replacing
 from train import checkpoint, runs
 from train.augment import IMAGENET_MEAN, IMAGENET_STD
-from train.networks import VideoNetwork, build_video_network
+from train.networks import build_video_network
+from train.readout import SharedMap
 from train.trained import Run
 
 FORMAT = "context-motion-backbone"
@@ -67,7 +70,9 @@ def export(run: Run, out: Path) -> Path:
     return out
 
 
-def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> tuple[VideoNetwork, dict[str, Any]]:
+def load_backbone(
+    path: str | Path, device: str | torch.device = "cpu", layer: Literal["shared", "layer4"] = "shared"
+) -> tuple[nn.Module, dict[str, Any]]:
     """The V-Network in a file that `export` wrote, in evaluation mode, and what the file says about it.
 
     Raises ValueError saying why a file is refused: missing, damaged, written by others, of another version.
@@ -93,4 +98,5 @@ def load_backbone(path: str | Path, device: str | torch.device = "cpu") -> tuple
     upsampling = about.get("upsampling", "trilinear")  # files from before the field
     network = build_video_network(about["backbone"], about["width"], upsampling=upsampling)
     checkpoint.load_weights(network, weights, path)
-    return network.to(device).eval(), about
+    read = SharedMap(network) if layer == "shared" else network
+    return read.to(device).eval(), about

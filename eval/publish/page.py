@@ -20,7 +20,7 @@ from eval import figures, neighbours
 from eval.publish.cells import NINE
 from eval.publish.collect import Refused
 from eval.publish.plots import plot_name, table_plots, training_curves
-from eval.publish.tables import NOT_RUN, Entry, Table
+from eval.publish.tables import NOT_RUN, Entry, Table, counted
 from eval.results import KEYS, Data, Row
 from eval.retrieve import Retrieval
 from train import runs
@@ -71,14 +71,11 @@ def page(
 
 
 def _head(tables: Sequence[Table], rows: Sequence[Row], refused: Refused) -> str:
-    entries = [e for t in tables for e in t.entries.values() if e.cell]
-    facts = {
-        f"{sum(e.value is not None for e in entries)} of {len(entries)}": "numbers run here",
-        str(len(rows)): "result rows",
-        str(len({(r["recipe"], r["pretraining"], r["seed"], r["trained_on"]) for r in rows})): "runs",
-        str(len(refused)): "rows left out",
-    }
-    boxes = "".join(f"<div><b>{number}</b><span>{what}</span></div>" for number, what in facts.items())
+    facts = {f"{what} run here": how_many for what, how_many in counted(tables).items()}
+    facts["result rows"] = str(len(rows))
+    facts["runs"] = str(len({(r["recipe"], r["pretraining"], r["seed"], r["trained_on"]) for r in rows}))
+    facts["rows left out"] = str(len(refused))
+    boxes = "".join(f"<div><b>{number}</b><span>{what}</span></div>" for what, number in facts.items())
     return (
         "<h1>Context and motion decoupling</h1><p>What ran here beside what the paper reports, in percent: mean and "
         "sample deviation over seeds, then the difference. Every number of ours leads to the rows it is made of, every "

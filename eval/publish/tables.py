@@ -150,14 +150,20 @@ def markdown(table: Table) -> str:
 
 def document(tables: Sequence[Table], refused: Refused) -> str:
     """All tables as one Markdown page, ending with the rows that were left out."""
-    counts = []
-    for papers, name in ((True, "of the paper's numbers"), (False, "of our own")):
-        cells = [e for t in tables if (t.name in NINE) == papers for e in t.entries.values() if e.cell]
-        counts.append(f"{sum(e.value is not None for e in cells)} of {len(cells)} {name}")
-    about = f"Run here: {' and '.join(counts)}. Ours: mean ± sample deviation over seeds, in percent; a dash is"
+    run = " and ".join(f"{how_many} {what}" for what, how_many in counted(tables).items())
+    about = f"Run here: {run}. Ours: mean ± sample deviation over seeds, in percent; a dash is"
     head = ["# Tables", "", f"{about} a dash in the paper.", ""]
     tail = ["## Rows left out", "", *(f"- `{row['file']}`: {reason}." for row, reason in refused)] if refused else []
     return "\n".join([*head, *(markdown(t) for t in tables), *tail]).rstrip() + "\n"
+
+
+def counted(tables: Sequence[Table]) -> dict[str, str]:
+    """How many of the numbers that runs of ours can fill are filled: the paper's, and those beside the paper."""
+    found = {}
+    for what, nine in (("of the paper's numbers", True), ("of our own", False)):
+        entries = [e for t in tables if (t.name in NINE) == nine for e in t.entries.values() if e.cell]
+        found[what] = f"{sum(e.value is not None for e in entries)} of {len(entries)}"
+    return found
 
 
 def write_csv(tables: Sequence[Table], path: Path) -> None:
