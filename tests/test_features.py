@@ -59,6 +59,7 @@ ACROSS, DOWN = 58 + (np.arange(56) + 0.5) * 4, 16 + (np.arange(56) + 0.5) * 4
 
 @pytest.mark.parametrize(("network", "shape"), [("video", (2, 3, 60, 100, 3)), ("iframe", (2, 256, 340, 3))])
 def test_pixels_are_cut_from_the_middle_and_not_mirrored(network: features.Network, shape: tuple[int, ...]) -> None:
+    """Of 112: stored frames are enlarged, I-frames halved, and both leave a ramp what it is."""
     wide, high = shape[-2], shape[-3]
     steps, first = ((2, 4), 0) if wide == 100 else ((1, 1), 42)  # a ramp that 255 does not end within the crop
     picture = np.zeros((high, wide, 3), np.uint8)
@@ -66,12 +67,13 @@ def test_pixels_are_cut_from_the_middle_and_not_mirrored(network: features.Netwo
     picture[..., 1] = (np.arange(high) * steps[1])[:, None]
     picture[..., 2] = 77
     raw = torch.from_numpy(np.broadcast_to(picture, shape).copy())
-    config = tiny_config(size=56)
+    config = tiny_config(size=112)
     made = prepare(raw, network, config, SETTINGS)
-    assert made.shape == (2, 3, 1 if network == "iframe" else 3, 56, 56)
-    red = (ACROSS * wide / 340 - 0.5) * steps[0] - first
-    green = (DOWN * high / 256 - 0.5) * steps[1]
-    planes = [np.broadcast_to(red, (56, 56)), np.broadcast_to(green[:, None], (56, 56)), np.full((56, 56), 77)]
+    assert made.shape == (2, 3, 1 if network == "iframe" else 3, 112, 112)
+    across, down = 58 + (np.arange(112) + 0.5) * 2, 16 + (np.arange(112) + 0.5) * 2
+    red = (across * wide / 340 - 0.5) * steps[0] - first
+    green = (down * high / 256 - 0.5) * steps[1]
+    planes = [np.broadcast_to(red, (112, 112)), np.broadcast_to(green[:, None], (112, 112)), np.full((112, 112), 77)]
     expected = np.stack([(p / 255 - mean) / std for p, mean, std in zip(planes, *IMAGENET)])
     for clip in made.numpy():
         # Where a crop shrinks, the filter's few weights give a ramp back to a fifth of a grey level.
