@@ -127,8 +127,8 @@ def test_retrieve_prints_its_protocol_and_stores_the_number(
     assert path.parent == joint_run / "results" and path.name.startswith("retrieval-")
     row = json.loads(path.read_text())
     assert (row["kind"], row["network"], row["queries"], row["gallery"]) == ("retrieval", "motion", 8, 12)
-    assert row["protocol"] in lines[0] and row["metrics"]["both R@20"] == 100
-    heads = [f"{name} R@{k}" for name in ("context", "motion", "both") for k in (1, 5, 10, 20)]
+    assert row["protocol"] in lines[0] and row["chance"]["both R@1"] == 25
+    heads = [f"{name} R@{k}" for name in ("context", "motion", "both") for k in (1, 5, 10)]
     assert list(row["metrics"]) == heads and lines[1] == f"|  | {' | '.join(heads)} |"
     assert lines[3] == "| small, last, epoch 1 | " + " | ".join(f"{v:.1f}" for v in row["metrics"].values()) + " |"
     header = picture.read_bytes()[:24]
