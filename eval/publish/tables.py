@@ -162,7 +162,8 @@ def counted(tables: Sequence[Table]) -> dict[str, str]:
     found = {}
     for what, nine in (("of the paper's numbers", True), ("of our own", False)):
         entries = [e for t in tables if (t.name in NINE) == nine for e in t.entries.values() if e.cell]
-        found[what] = f"{sum(e.value is not None for e in entries)} of {len(entries)}"
+        if entries:
+            found[what] = f"{sum(e.value is not None for e in entries)} of {len(entries)}"
     return found
 
 
