@@ -78,7 +78,7 @@ rows = Manifest.read(Path(table))
 line = train(Config.from_json(config), Runtime("cpu", 0), Path(shards), rows.subset("train"), Path(out))
 assert line["step"] == 1, line
 found = measure(load_run(Path(out)), Data.open(Path(shards), Path(table)), machine=Machine("cpu", 0))
-assert found.recalls["both"][1] == 100
+assert sorted(found.recalls["both"]) == [1, 5, 10]
 """
     config = tiny_config(batch_size=12, epochs=1).to_json()
     python(code, str(tiny[0]), str(tiny[1]), str(tmp_path / "run"), config, *MODULES["train"], *MODULES["eval"])

@@ -172,6 +172,8 @@ for base in ("small", "scenes"):
     vary(base, "motion", "Beside the paper, as in table 4: motion prediction alone.", {"objective.alpha": 1.0})
     vary(base, "current", "Beside the paper, as in table 1: the clip's own motion.", {"sampling.period": "current"})
     vary(base, "mse", "Beside the paper, as in table 1: mean squared error.", {"objective.motion_loss": "mse"})
+    about = "Beside the paper, as in table 1: quantised vectors, cross-entropy."
+    vary(base, "crossent", about, {"objective.motion_loss": "cross_entropy"})
 for percent in (50, 80, 90):
     vary(
         "scenes",
