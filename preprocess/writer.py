@@ -101,8 +101,9 @@ def working(target: Path, names: tuple[str, ...] = Spool.names) -> Iterator[Spoo
     except OSError as error:
         # HDF5 hides the system's reason in the middle of its own.
         number = error.errno or next(iter(map(int, re.findall(r"errno = (\d+)", str(error)))), 0)
+        reason = f"{os.strerror(number)}{f' ({error.filename})' if error.filename else ''}" if number else error
         raise OSError(
-            f"{target} cannot be made: {os.strerror(number) if number else error}. Make room in {target.parent}, or "
+            f"{target} cannot be made: {reason}. Make room in {target.parent}, or "
             "mend what this names, and run the same command again: finished shards are kept"
         ) from error
 
