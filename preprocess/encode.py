@@ -26,7 +26,8 @@ TICK = Fraction(1, 25)  # time between frames of the encoded stream, seconds; no
 MIN_DECODED = 0.9  # half an AVI decodes without any error: what a container declares is held against what came out
 NOT_VIDEO = ("tty",)  # FFmpeg renders text files as pictures
 ONLY_ITSELF = {"protocol_whitelist": "none"}  # playlists, references and patterns open no other file
-DECLARES_DURATION = ("matroska,webm", "flv", "asf", "mov,mp4,m4a,3gp,3g2,mj2")  # of others FFmpeg makes it up
+ISO_MEDIA = "mov,mp4,m4a,3gp,3g2,mj2"
+DECLARES_DURATION = ("matroska,webm", "flv", "asf", ISO_MEDIA)  # of others FFmpeg makes it up
 VARIABLE = 0.1  # of constant rate is what has fewer steps between frames that are half a frame off; losses make few
 UNSPECIFIED = 2  # matrix or primaries
 TALLEST_SD = 576  # untagged video taller than this is BT.709 by convention, else BT.601
@@ -47,6 +48,8 @@ class Source:
     width: int = 0
     errors: list[str] = field(default_factory=list)
     """The decoder's words on each packet that did not decode and was skipped, or is not there."""
+    packets: int = 0
+    """Packets of the video that were there."""
     corrupt_packets: int = 0
     """Packets that the demuxer marks as damaged, and that decoded all the same."""
     corrupt_frames: int = 0
@@ -136,11 +139,14 @@ def _decode(container: InputContainer, stream: VideoStream, source: Source) -> I
     """Frames of a stream; packets that do not decode are skipped and noted, and reading ends where the file breaks."""
     packets = container.demux(stream, *container.streams.audio)  # sound tells how far the file goes
     counts_frames = container.format.name == "avi"  # its time stamps number the frames, dropped ones included
+    fragmented = container.format.name == ISO_MEDIA and not stream.frames
     last: int | None = None
     while True:
         try:
             packet = next(packets)
         except StopIteration:
+            if fragmented:
+                source.errors += ["a fragment promises more"] * (len(stream.index_entries) - source.packets)
             return
         except av.FFmpegError as error:
             source.errors.append(str(error))
@@ -151,6 +157,7 @@ def _decode(container: InputContainer, stream: VideoStream, source: Source) -> I
             source.end = max(source.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream is not stream:
             continue
+        source.packets += packet.size > 0
         source.hidden += packet.is_discard
         if counts_frames and packet.dts is not None:
             source.hidden += max(0, packet.dts - last - 1) if last is not None else 0

@@ -128,3 +128,89 @@ def test_a_cut_file_is_refused_or_counted(name: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(ValueError, match="declared frames decode"):
             convert(cut)
+
+
+def test_a_fragment_that_promises_more_than_the_file_holds_is_counted(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.mp4", gop=100, muxer={"movflags": "frag_keyframe+empty_moov"})
+    with av.open(str(whole)) as container:
+        ends = [p.pos + p.size for p in container.demux(video=0) if p.size]
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[: ends[94]])  # between two frames: the 95 that are left decode without any error
+    stored = convert(cut)
+    assert (len(stored.frames), stored.errors) == (95, 5)
+
+
+def screen(t: int) -> int:
+    """A recorded screen: bursts of ten frames, each followed by two seconds in which nothing moves."""
+    return t + t // 10 * 2 * SECOND
+
+
+@pytest.mark.parametrize("end", ["mkv", "flv", "webm", "ts", "mp4"])
+@pytest.mark.parametrize("times", [screen, lambda t: t * t // 20], ids=["bursts", "slowing down"])
+def test_a_variable_rate_is_no_loss(times: Callable[[int], int], end: str, tmp_path: Path) -> None:
+    codec_name, options, _ = CONTAINERS[f"a.{end}"]
+    whole = write(tmp_path / f"a.{end}", codec_name=codec_name, options=options, times=lambda t: t + times(t))
+    stored = convert(whole)
+    assert (len(stored.frames), stored.errors) == (100, 0)
+    if end in ("mkv", "flv", "webm"):
+        data = whole.read_bytes()
+        (tmp_path / f"cut.{end}").write_bytes(data[: len(data) * 30 // 100])
+        with pytest.raises(ValueError, match="declared frames decode"):
+            convert(tmp_path / f"cut.{end}")
+
+
+@pytest.mark.parametrize("end", ["mkv", "flv", "mp4", "ts"])
+def test_sound_that_goes_on_after_the_picture_is_no_loss(end: str, tmp_path: Path) -> None:
+    codec_name, options, _ = CONTAINERS[f"a.{end}"]
+    stored = convert(write(tmp_path / f"a.{end}", codec_name=codec_name, options=options, sound=8))
+    assert (len(stored.frames), stored.errors) == (100, 0)
+
+
+def test_a_hole_in_the_middle_is_refused(tmp_path: Path) -> None:
+    mark = b"\x1f\x43\xb6\x75"  # that a cluster begins with, here of five frames
+    clusters = write(tmp_path / "a.mkv", gop=5, muxer={"cluster_time_limit": "200"}).read_bytes().split(mark)
+    assert len(clusters) == 1 + 20
+    for name, lost in ("one", clusters[4:5]), ("four", clusters[4:8]):
+        (tmp_path / f"{name}.mkv").write_bytes(mark.join(c for c in clusters if c not in lost))
+    assert len(convert(tmp_path / "one.mkv").frames) == 95
+    with pytest.raises(ValueError, match="only 80 of 100 declared frames decode"):
+        convert(tmp_path / "four.mkv")
+
+
+def test_frames_that_the_decoder_patched_up_are_counted(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.mp4", gop=12)
+    data = bytearray(whole.read_bytes())
+    with av.open(str(whole)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    rng = np.random.default_rng(0)
+    for start, size in packets[::3]:
+        middle = start + size // 2
+        data[middle : middle + 20] = rng.bytes(20)
+    (tmp_path / "corrupted.mp4").write_bytes(data)
+    marked = raised = 0
+    with av.open(str(tmp_path / "corrupted.mp4")) as container:
+        for packet in container.demux(video=0):
+            try:
+                marked += sum(frame.is_corrupt for frame in packet.decode())
+            except av.FFmpegError:
+                raised += 1
+    stored = convert(tmp_path / "corrupted.mp4")
+    assert marked > 10 and stored.errors == marked + raised and len(stored.frames) == 100 - raised
+    assert convert(whole).errors == 0
+
+
+@pytest.mark.parametrize("end", ["mkv", "ts", "mp4", "flv"])
+def test_real_clips_and_their_remuxes_are_whole(end: str, real_clips: list[Path], tmp_path: Path) -> None:
+    made = 0
+    for number, clip in enumerate(real_clips):
+        with av.open(str(clip), metadata_errors="ignore") as container:
+            kind, declared = container.streams.video[0].codec.name, container.streams.video[0].frames
+        if kind != "h264" and end in ("flv", "ts"):  # which take no XviD or DivX, or lose its headers
+            continue
+        source, fragmented = encode.Source(), {"movflags": "frag_keyframe+empty_moov"} if end == "mp4" else {}
+        copy = remux(clip, tmp_path / f"{number}.{end}", **fragmented)
+        for _ in encode.packets(str(copy), TINY, source):
+            pass
+        assert abs(source.frames - declared) <= 3 and source.damage == 0, clip.name
+        made += 1
+    assert made >= 3
