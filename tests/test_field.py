@@ -214,3 +214,142 @@ def test_real_clips_and_their_remuxes_are_whole(end: str, real_clips: list[Path]
         assert abs(source.frames - declared) <= 3 and source.damage == 0, clip.name
         made += 1
     assert made >= 3
+
+
+# ---- how a picture is displayed
+
+QUADRANTS = np.zeros((48, 64, 3), np.uint8)
+QUADRANTS[:24, :32], QUADRANTS[:24, 32:], QUADRANTS[24:, :32] = (220, 30, 30), (30, 220, 30), (30, 30, 220)
+# The matrix's a, b, c, d: x' = a x + c y, y' = b x + d y; and what that does to an array of rows, as numpy has it.
+LAYOUTS: dict[str, tuple[tuple[int, int, int, int], Callable[[np.ndarray], np.ndarray]]] = {
+    "as stored": ((1, 0, 0, 1), lambda p: p),
+    "90 degrees clockwise": ((0, 1, -1, 0), lambda p: np.rot90(p, -1)),
+    "180 degrees": ((-1, 0, 0, -1), lambda p: np.rot90(p, 2)),
+    "270 degrees clockwise": ((0, -1, 1, 0), lambda p: np.rot90(p, 1)),
+    "mirrored left to right": ((-1, 0, 0, 1), np.fliplr),
+    "mirrored top to bottom": ((1, 0, 0, -1), np.flipud),
+    "transposed": ((0, 1, 1, 0), lambda p: p.swapaxes(0, 1)),
+    "transposed the other way": ((0, -1, -1, 0), lambda p: np.rot90(p, 2).swapaxes(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pictures_are_stored_as_displayed(name: str, tmp_path: Path) -> None:
+    matrix, laid_out = LAYOUTS[name]
+    path = write(tmp_path / "a.mp4", np.repeat(QUADRANTS[None], 13, axis=0))
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44
+    a, b, c, d = (n << 16 for n in matrix)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    expected, stored = laid_out(QUADRANTS).astype(int), convert(path)
+    assert stored.source_size == list(expected.shape[:2])
+    for y in 0.25, 0.75:
+        for x in 0.25, 0.75:
+            ours = stored.frames[5][int(y * 48), int(x * 64)].astype(int)
+            assert abs(ours - expected[int(y * len(expected)), int(x * expected.shape[1])]).max() < 12, (y, x)
+
+
+def test_the_video_is_the_stream_with_most_pixels(tmp_path: Path) -> None:
+    small, large = np.full((32, 48, 3), 200, np.uint8), np.full((96, 128, 3), 30, np.uint8)
+    path = write(tmp_path / "a.mkv", np.repeat(large[None], 20, axis=0), before=[small, small])
+    stored = convert(path)
+    assert stored.source_size == [96, 128] and len(stored.frames) == 20 and stored.frames.max() < 50
+
+
+def test_one_picture_is_no_video_beside_one(tmp_path: Path) -> None:
+    poster = np.full((192, 256, 3), 200, np.uint8)
+    stored = convert(write(tmp_path / "a.mp4", before=[poster]))
+    assert stored.source_size == [48, 64] and len(stored.frames) == 100
+
+
+# ---- high dynamic range: light in nits, as the standards have it, against what is stored
+
+NITS = np.array([0, 2, 10, 26, 58, 100, 150, 203, 400, 900])
+PQ, HLG = 16, 18
+
+
+def signal(nits: np.ndarray, transfer: int) -> np.ndarray:
+    """0 to 1, from light of the display; ITU-R BT.2100, table 4 (PQ) and 5 (HLG, at 1,000 nits)."""
+    if transfer == PQ:
+        y = (nits / 10_000) ** (2610 / 16384)
+        return ((3424 / 4096 + 2413 / 128 * y) / (1 + 2392 / 128 * y)) ** (2523 / 32)
+    scene = (nits / 1000) ** (1 / 1.2)  # of grey; the system's gamma is 1.2
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), a * np.log(np.maximum(12 * scene - b, 1e-9)) + c)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize("transfer", [PQ, HLG], ids=["pq", "hlg"])
+def test_high_dynamic_range_is_shown_as_on_a_usual_display(transfer: int, full: bool, tmp_path: Path) -> None:
+    levels = signal(NITS.astype(float), transfer) * (1023 if full else 876) + (0 if full else 64)
+    columns = np.arange(320) * len(NITS) // 320
+    frame = av.VideoFrame(320, 48, "yuv420p10le")
+    for plane, value in zip(frame.planes, (levels.round()[columns], 512, 512)):
+        memory = np.ndarray((plane.height, plane.width), np.uint16, memoryview(plane), strides=(plane.line_size, 2))
+        memory[:] = value
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 48, "yuv420p10le"
+        for tagged in stream.codec_context, frame:
+            tagged.colorspace, tagged.color_range = 9, 2 if full else 1
+            tagged.color_trc, tagged.color_primaries = transfer, 9
+        frame.pts, frame.time_base = 0, Fraction(1, 25)
+        container.mux([*stream.encode(frame), *stream.encode()])
+    stored = convert(tmp_path / "a.mkv", Settings(frame_width=320, frame_height=48))
+    seen = stored.frames[0][24, (2 * np.arange(len(NITS)) + 1) * 320 // (2 * len(NITS))]
+    expected = 255 * np.minimum(NITS / 203, 1) ** (1 / 2.4)  # BT.2408's white; BT.1886's display
+    np.testing.assert_allclose(seen, np.repeat(expected[:, None], 3, axis=1), atol=8)
+
+
+# ---- one file and no other
+
+
+def record(number: int, value: bytes) -> bytes:
+    return struct.pack(">HH", number, len(value)) + value + b"\0" * (len(value) % 2)
+
+
+def point_elsewhere(path: Path, neighbour: Path) -> None:
+    """Have a QuickTime file say that its samples lie in another file: an alias with a path, as an editor leaves it."""
+    data = path.read_bytes()
+    alias = bytes(10) + bytes([4]) + b"disk".ljust(27, b"\0") + bytes(12)
+    alias += bytes([len(neighbour.name)]) + neighbour.name.encode().ljust(63, b"\0") + bytes(16)
+    alias += struct.pack(">HH", 1, 1) + bytes(16) + record(2, str(neighbour).encode()) + b"\xff\xff\0\0"
+    entry = struct.pack(">I4sI", 12 + len(alias), b"alis", 0) + alias
+    place = data.index(b"dref") - 4
+    table = struct.pack(">I4sII", 16 + len(entry), b"dref", 0, 1) + entry
+    grown = len(table) - struct.unpack(">I", data[place : place + 4])[0]
+    changed = bytearray(data[:place] + table + data[place + len(table) - grown :])
+    for box in b"moov", b"trak", b"mdia", b"minf", b"dinf":  # each holds the next; the samples lie before all of them
+        start = changed.index(box) - 4
+        changed[start : start + 4] = struct.pack(">I", struct.unpack(">I", changed[start : start + 4])[0] + grown)
+    path.write_bytes(changed)
+
+
+def attack(kind: str, folder: Path) -> Path:
+    """A file that would have a white neighbour shown in its place, or what its name expands to."""
+    white = np.full((20, 48, 64, 3), 250, np.uint8)
+    name = {"pattern of names": "i0.png", "playlist": "white.ts"}.get(kind, "white.mp4")
+    neighbour = (
+        write(folder / name, white[:1], "png", {}) if kind == "pattern of names" else write(folder / name, white)
+    )
+    if kind == "pattern of names":
+        return folder / "i%d.png"
+    path = folder / {"playlist": "a.m3u8", "list to join": "a.mp4", "reference": "a.mov"}[kind]
+    if kind == "playlist":
+        head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.8,\n"
+        path.write_text(f"{head}{neighbour.name}\n#EXT-X-ENDLIST\n")
+    elif kind == "list to join":
+        path.write_text(f"ffconcat version 1.0\nfile {neighbour.name}\n")
+    else:
+        point_elsewhere(write(path, np.full((20, 48, 64, 3), 30, np.uint8)), neighbour)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["playlist", "list to join", "pattern of names", "reference"])
+def test_no_file_shows_another(kind: str, tmp_path: Path) -> None:
+    try:
+        stored = convert(attack(kind, tmp_path))
+    except (ValueError, OSError):
+        return
+    assert stored.frames.max() < 100
