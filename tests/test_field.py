@@ -52,6 +52,7 @@ def write(
     gop: int = 12,
     times: Callable[[int], int] = lambda t: t,
     sound: int = 0,
+    pix_fmt: str = "yuv420p",
     before: Sequence[np.ndarray] = (),
 ) -> Path:
     """Encode at any times, with so many seconds of sound beside it, and other video streams of one frame before it."""
@@ -60,7 +61,7 @@ def write(
         for preview, picture in zip(previews, before):
             preview.height, preview.width, preview.pix_fmt = *picture.shape[:2], "yuvj420p"
         stream = container.add_stream(codec_name, rate=SECOND, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         stream.codec_context.gop_size = gop
         audio = container.add_stream("aac", rate=8000, layout="mono") if sound else None
         for preview, picture in zip(previews, before):
@@ -327,29 +328,31 @@ def point_elsewhere(path: Path, neighbour: Path) -> None:
 
 
 def attack(kind: str, folder: Path) -> Path:
-    """A file that would have a white neighbour shown in its place, or what its name expands to."""
-    white = np.full((20, 48, 64, 3), 250, np.uint8)
-    name = {"pattern of names": "i0.png", "playlist": "white.ts"}.get(kind, "white.mp4")
-    neighbour = (
-        write(folder / name, white[:1], "png", {}) if kind == "pattern of names" else write(folder / name, white)
-    )
-    if kind == "pattern of names":
-        return folder / "i%d.png"
-    path = folder / {"playlist": "a.m3u8", "list to join": "a.mp4", "reference": "a.mov"}[kind]
+    """A dark picture, or none, under a name or with a content that would have a white neighbour shown in its place."""
+    white, dark = np.full((20, 48, 64, 3), 250, np.uint8), np.full((20, 48, 64, 3), 30, np.uint8)
     if kind == "playlist":
-        head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.8,\n"
-        path.write_text(f"{head}{neighbour.name}\n#EXT-X-ENDLIST\n")
+        write(folder / "white.ts", white)
+        path, head = folder / "a.m3u8", "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.8,\n"
+        path.write_text(f"{head}white.ts\n#EXT-X-ENDLIST\n")
     elif kind == "list to join":
-        path.write_text(f"ffconcat version 1.0\nfile {neighbour.name}\n")
+        write(folder / "white.mp4", white)
+        path = folder / "a.mp4"
+        path.write_text("ffconcat version 1.0\nfile white.mp4\n")
+    elif kind == "pattern of names":
+        write(folder / "i0.png", white[:1], "png", {}, pix_fmt="rgb24")
+        path = write(folder / "dark.png", dark[:1], "png", {}, pix_fmt="rgb24").rename(folder / "i%d.png")
     else:
-        point_elsewhere(write(path, np.full((20, 48, 64, 3), 30, np.uint8)), neighbour)
+        write(folder / "white.mov", white, "rawvideo", {}, pix_fmt="yuyv422")
+        path = write(folder / "a.mov", dark, "rawvideo", {}, pix_fmt="yuyv422")
+        point_elsewhere(path, folder / "white.mov")
     return path
 
 
 @pytest.mark.parametrize("kind", ["playlist", "list to join", "pattern of names", "reference"])
 def test_no_file_shows_another(kind: str, tmp_path: Path) -> None:
+    path = attack(kind, tmp_path)
     try:
-        stored = convert(attack(kind, tmp_path))
+        stored = convert(path)
     except (ValueError, OSError):
         return
     assert stored.frames.max() < 100
