@@ -323,7 +323,7 @@ from preprocess import codec
 
 real = codec.convert
 
-def convert(source, spool, settings, alive):
+def convert(source, spool, settings, alive, **options):
     name = Path(source).name
     flag = Path(source + ".flag")
     first, _ = not flag.exists(), flag.touch()
@@ -338,7 +338,7 @@ def convert(source, spool, settings, alive):
         raise IndexError("out of my depth")
     if name.startswith("kill") or (name.startswith("stumble") and first):
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(source, spool, settings, alive)
+    return real(source, spool, settings, alive, **options)
 
 codec.convert = convert
 codec.serve(int(sys.argv[-1]))

@@ -280,8 +280,7 @@ def signal(nits: np.ndarray, transfer: int) -> np.ndarray:
     return np.where(scene <= 1 / 12, np.sqrt(3 * scene), a * np.log(np.maximum(12 * scene - b, 1e-9)) + c)
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
-@pytest.mark.parametrize("transfer", [PQ, HLG], ids=["pq", "hlg"])
+@pytest.mark.parametrize(("transfer", "full"), [(PQ, False), (HLG, True)], ids=["pq, limited", "hlg, full"])
 def test_high_dynamic_range_is_shown_as_on_a_usual_display(transfer: int, full: bool, tmp_path: Path) -> None:
     levels = signal(NITS.astype(float), transfer) * (1023 if full else 876) + (0 if full else 64)
     columns = np.arange(320) * len(NITS) // 320
