@@ -261,59 +261,6 @@ def test_a_size_change_midway_shows_the_whole_picture_before_and_after(odd: Shar
             assert np.corrcoef(picture.ravel(), small.ravel())[0, 1] > 0.7, (name, half)
 
 
-# Damaged real clips
-
-
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut, flip, overwrite, remove or repeat at random places; every third time near the start, where headers are."""
-    changed = bytearray(data)
-    size = len(data) if rng.integers(3) else 4096
-    kind = rng.integers(5)
-    if kind == 0:
-        return data[: int(rng.integers(size))]
-    if kind == 1:
-        for place in rng.integers(0, size, int(rng.integers(1, 200))):
-            changed[place] ^= 1 << int(rng.integers(8))
-        return bytes(changed)
-    start, length = int(rng.integers(size)), int(rng.integers(1, 5000))
-    if kind == 2:
-        changed[start : start + length] = rng.bytes(len(changed[start : start + length]))
-    elif kind == 3:
-        del changed[start : start + length]
-    else:
-        changed[start:start] = data[start : start + length]
-    return bytes(changed)
-
-
-def damage_and_run(clips: list[Path], folder: Path, count: int) -> None:
-    rng = np.random.default_rng(count)
-    (folder / "videos").mkdir()
-    names = []
-    for k in range(count):
-        clip = clips[k % len(clips)]
-        names.append(f"{k:03d}{clip.suffix}")
-        (folder / "videos" / names[-1]).write_bytes(mutate(clip.read_bytes(), rng))
-    shards = make_shards(folder, folder / "videos", names, settings=TINY, videos_per_shard=25, time_limit=120)
-    failed = [f.path for f in shards.failed]
-    assert sorted([*shards.paths, *failed]) == names
-    assert check.problems(folder / "shards") == []
-    assert not [f for f in shards.failed if "decoder process" in f.reason or "no progress within" in f.reason]
-    assert all(f.reason for f in shards.failed)
-    parts = -(-count // 25)
-    assert len(list((folder / "shards").iterdir())) == 2 * parts + 1  # shards, checksums, failures.csv: no leftover
-    assert len(shards) > count // 5 and len(failed) > count // 20  # the mutations neither spare nor ruin all
-    print(f"{count} damaged clips: {len(shards)} stored, {len(failed)} failed, 0 crashed, 0 hung")
-
-
-def test_damaged_clips_are_stored_or_failure_rows(real_clips: list[Path], tmp_path: Path) -> None:
-    damage_and_run([c for c in real_clips if c.stat().st_size < 900_000], tmp_path, 50)
-
-
-@pytest.mark.soak
-def test_many_damaged_clips_are_stored_or_failure_rows(real_clips: list[Path], tmp_path: Path) -> None:
-    damage_and_run(real_clips, tmp_path, 500)
-
-
 # Decoders that die or hang
 
 BAD_CODEC = """

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import panned
+from conftest import panned, remux
 
 from preprocess import codec, encode
 from preprocess.shards import Settings
@@ -79,23 +79,6 @@ def write(
             container.mux(audio.encode(silence))
         container.mux(audio.encode() if audio else [])
     return path
-
-
-def remux(source: Path, target: Path, **muxer: str) -> Path:
-    """The same packets in another container."""
-    with (
-        av.open(str(source), metadata_errors="ignore") as a,
-        av.open(str(target), "w", options=muxer) as b,
-    ):
-        stream = a.streams.video[0]
-        copy = b.add_stream_from_template(stream)
-        for number, packet in enumerate(a.demux(stream)):
-            if packet.size:
-                if packet.pts is None:  # an old AVI numbers its frames, and does not time them
-                    packet.pts = packet.dts if packet.dts is not None else number
-                packet.stream = copy
-                b.mux(packet)
-    return target
 
 
 # ---- truncation and damage
