@@ -62,6 +62,12 @@ class Source:
     """When the last packet ends, audio's included, seconds."""
 
     @property
+    def is_variable(self) -> bool:
+        """Whether the frames come at a variable rate."""
+        steps = np.diff(self.times)
+        return bool(self.fps) and len(steps) > 0 and bool((abs(steps * self.fps - 1) > 0.5).mean() > VARIABLE)
+
+    @property
     def damage(self) -> int:
         """Packets that did not decode, or not wholly. (A damaged packet usually makes a damaged frame.)"""
         return len(self.errors) + max(self.corrupt_packets, self.corrupt_frames)
@@ -179,13 +185,12 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
         return stream.frames - source.hidden
     if container.format.name not in DECLARES_DURATION:
         return 0
-    times, duration = np.array(source.times), _own_duration(stream)
+    times, duration = source.times, _own_duration(stream)
     if duration is None:
         duration = (container.duration or 0) / av.time_base
         if source.end >= MIN_DECODED * duration:  # of the longest stream, which may be sound
-            duration = min(duration, float(times[-1] - times[0]) + 1 / source.fps) if source.fps else 0
-    goes_on = times[-1] >= MIN_DECODED * duration
-    if goes_on and (abs(np.diff(times) * source.fps - 1) > 0.5).mean() > VARIABLE:
+            duration = min(duration, times[-1] - times[0] + 1 / source.fps) if source.fps else 0
+    if source.is_variable and times[-1] >= MIN_DECODED * duration:
         return source.frames
     return round(duration * source.fps) - source.hidden
 

@@ -274,6 +274,7 @@ def _store(codec: Codec, task: Task, spool: Spool, row: int, path: str, label: i
         return Failure(row, path, plain(str(error), source, path))
     for key in ("frame_bytes", "iframe_bytes", "iframe_frame"):
         answer[key] = np.array(answer[key], np.int64)
+    answer["times"] = np.array(answer["times"], np.float64)
     return Video(row, path, label, **answer)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import h5py
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import panned, remux
+from conftest import make_shards, panned, remux
 
-from preprocess import codec, encode
+from preprocess import check, codec, encode
 from preprocess.shards import Settings
 from preprocess.writer import Spool
 
@@ -338,3 +339,22 @@ def test_no_file_shows_another(kind: str, tmp_path: Path) -> None:
     except (ValueError, OSError):
         return
     assert stored.frames.max() < 100
+
+
+# ---- when frames are shown
+
+
+@pytest.mark.parametrize("end", ["mp4", "mkv", "flv"])
+def test_a_variable_rate_keeps_its_times(end: str, tmp_path: Path) -> None:
+    codec_name, options, _ = CONTAINERS[f"a.{end}"]
+    names = [f"even.{end}", f"uneven.{end}"]
+    write(tmp_path / names[0], FRAMES[:30], codec_name, options)
+    write(tmp_path / names[1], FRAMES[:40], codec_name, options, times=lambda t: 3 + t + screen(t))
+    mixed = make_shards(tmp_path / "mixed", tmp_path, names, settings=TINY).shards[0]
+    np.testing.assert_allclose(mixed.times(0), np.arange(30) / SECOND, atol=0.002)  # FLV counts milliseconds
+    np.testing.assert_allclose(mixed.times(1), [(t + screen(t)) / SECOND for t in range(40)], atol=0.002)
+    even = make_shards(tmp_path / "even", tmp_path, names[:1], settings=TINY).shards[0]
+    np.testing.assert_array_equal(even.times(0), np.arange(30) / SECOND)
+    with h5py.File(mixed.path) as with_times, h5py.File(even.path) as without:
+        assert "time" in with_times["frames"] and "time" not in without["frames"]
+    assert check.problems(tmp_path / "mixed" / "shards") == []
