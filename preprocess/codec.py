@@ -85,7 +85,7 @@ def convert(
         "fps": video.fps,
         "source_size": [video.height, video.width],
         "decode_errors": video.damage,
-        "times": [round(t - video.times[0], 6) for t in video.times] if video.is_variable else [],
+        "times": video.variable_times(),
         "frame_bytes": frame_bytes,
         "iframe_bytes": iframe_bytes,
         "iframe_frame": list(range(0, count, settings.gop)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -63,9 +65,15 @@ class Source:
 
     @property
     def is_variable(self) -> bool:
-        """Whether the frames come at a variable rate."""
-        steps = np.diff(self.times)
-        return bool(self.fps) and len(steps) > 0 and bool((abs(steps * self.fps - 1) > 0.5).mean() > VARIABLE)
+        """Whether the frames do not come at the declared rate."""
+        steps = np.diff(self.times) * self.fps
+        return len(steps) > 0 and bool((abs(steps - 1) > 0.5).mean() > VARIABLE)
+
+    def variable_times(self) -> list[float]:
+        """Seconds from the first frame to each where the rate is variable; times that go back, as in AVI, are none."""
+        if not self.is_variable or not (np.diff(self.times) > 0).all():
+            return []
+        return [round(t - self.times[0], 6) for t in self.times]
 
     @property
     def damage(self) -> int:
@@ -82,10 +90,11 @@ def packets(path: str, settings: Settings, source: Source) -> Iterator[av.Packet
     than 90 % of the declared frames decode; OSError, no av.FFmpegError, where the file cannot be read.
     """
     # FFmpeg is handed the open file, not its name: what fails in reading it is then no error of the video's.
-    with (
-        open(path, "rb", buffering=0) as file,
-        av.open(file, "r", metadata_errors="ignore", container_options=ONLY_ITSELF) as container,
-    ):
+    with ExitStack() as opened:
+        file = opened.enter_context(open(path, "rb", buffering=0))
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError("an empty file")
+        container = opened.enter_context(av.open(file, "r", metadata_errors="ignore", container_options=ONLY_ITSELF))
         if container.format.name in NOT_VIDEO:
             raise ValueError("a text file, not a video")
         stream = _best(container)
@@ -190,7 +199,7 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
         duration = (container.duration or 0) / av.time_base
         if source.end >= MIN_DECODED * duration:  # of the longest stream, which may be sound
             duration = min(duration, times[-1] - times[0] + 1 / source.fps) if source.fps else 0
-    if source.is_variable and times[-1] >= MIN_DECODED * duration:
+    if source.is_variable and max(times) >= MIN_DECODED * duration:
         return source.frames
     return round(duration * source.fps) - source.hidden
 

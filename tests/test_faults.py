@@ -121,7 +121,7 @@ WORKS: dict[str, tuple[int, int, int]] = {
 # name -> words of the reason
 FAILS: dict[str, str] = {
     "missing.mp4": "No such file",
-    "empty.mp4": "Invalid data",
+    "empty.mp4": "an empty file",
     "text.avi": "Invalid data",
     "text.txt": "text file",
     "zeros.mp4": "Invalid data",
