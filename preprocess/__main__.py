@@ -33,6 +33,7 @@ def run(
     part: str = "1/1",
     retry_failed: bool = False,
     time_limit: float = 600.0,
+    reader: Literal["pyav", "mvextractor"] = "pyav",
 ) -> int:
     """Re-encode the videos of a manifest with a fixed GOP and store frames, I-frames and motion vectors in shards.
 
@@ -50,7 +51,9 @@ def run(
         videos_per_shard: Manifest rows a shard; the unit of work and of restart.
         part: i/n makes every n-th shard only, for a job array on a shared file system: 1/16 … 16/16.
         retry_failed: Make shards anew that hold failed videos.
-        time_limit: Seconds a video may take before its decoder is replaced.
+        time_limit: Seconds without progress, which is twelve frames, before a video's decoder is replaced.
+        reader: What reads the motion vectors: PyAV, in the decode that gives the pictures, or mvextractor, in one of
+            its own (Linux on x86-64). The bytes are the same.
     """
     from preprocess import pipeline
 
@@ -69,6 +72,7 @@ def run(
         part=(int(match[1]), int(match[2])),
         retry_failed=retry_failed,
         time_limit=time_limit,
+        reader=reader,
     )
     pipeline.report(summary, out)
     return WITH_FAILURES if summary.failures else DONE

@@ -136,7 +136,7 @@ def describe(folder: Path) -> str:
             f"frames    {int(shards.frames.sum())}, {s.frame_width}x{s.frame_height}, JPEG quality {s.jpeg_quality}",
             f"I-frames  every {s.gop} frames, {s.width}x{s.height}, quantiser {s.quantiser}",
             f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame; optical flow of {flows} shards",
-            f"damaged   {errors} packets of the sources did not decode and were skipped",
+            f"damaged   {errors} packets of the sources did not decode, or not wholly",
             f"classes   {len(shards.classes)}: {', '.join([*shards.classes[:8], *['…'][: len(shards.classes) - 8]])}",
             f"manifest  sha256 {shards.origin.manifest_sha256}",
             f"versions  {', '.join(f'{k} {v}' for k, v in shards.origin.versions.items())}",

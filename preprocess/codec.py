@@ -1,8 +1,8 @@
 """One video at a time through the codecs, in a process of its own.
 
 C code cannot be interrupted from inside, and broken videos crash decoders. So every worker, a thread, keeps one
-long-lived child, asks it for one video at a time over a pipe, and kills and replaces it when it dies or exceeds the
-time limit.
+long-lived child, asks it for one video at a time over a pipe, and replaces it when it dies or makes no progress within
+the time limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import joblib
 
@@ -31,9 +31,13 @@ from preprocess.writer import Spool
 
 PR_SET_PDEATHSIG = 1
 PIPE_BYTES = 1 << 16
+LARGE = 1 << 30  # bytes; a disk that has room for as many is not full: what does not fit is the video's fault
 START_SECONDS = 300.0  # to load the libraries, from a busy network disk at worst
-OUR_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENOMEM)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNREADABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN)
+OUR_ERRORS = (*DISK_FULL, *UNREADABLE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
+Reader = Literal["pyav", "mvextractor"]
 Task = TypeVar("Task")
 Made = TypeVar("Made")
 
@@ -43,37 +47,45 @@ class CodecError(Exception):
 
 
 class CodecLost(CodecError):
-    """The child died or had to be killed; the video may be tried again in a new one."""
+    """The child died; the video may be tried again in a new one."""
 
 
 # ---- in the child
 
 
-def convert(source: str, spool: Spool, settings: Settings, alive: Callable[[], object]) -> dict[str, Any]:
+def convert(
+    source: str, spool: Spool, settings: Settings, alive: Callable[[], object], reader: Reader = "pyav"
+) -> dict[str, Any]:
     """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
 
-    Raises ValueError or av.FFmpegError where the video cannot be stored; the spool then holds a part of it.
+    `alive` is called after each group of pictures. Raises ValueError or av.FFmpegError where the video cannot be
+    stored; the spool then holds a part of it.
     """
     from preprocess import encode, extract  # only the child loads the codecs
 
     video = encode.Source()
+    stream = None if reader == "pyav" else spool.path("encoded.m4v")
     frame_bytes: list[int] = []
     iframe_bytes: list[int] = []
     with ExitStack() as files:
         frames, iframes, motion = (files.enter_context(open(spool.path(name), "ab")) for name in spool.names)
-        for group in extract.groups(encode.packets(source, settings, video), settings):
+        for group in extract.groups(encode.packets(source, settings, video), settings, stream):
             frames.write(b"".join(group.frames))
             iframes.write(group.iframe)
             motion.write(group.motion.tobytes())
             frame_bytes += map(len, group.frames)
             iframe_bytes.append(len(group.iframe))
+            alive()
+    if stream:
+        stream.unlink()
     count = len(frame_bytes)
     if count != video.frames:
         raise ValueError(f"{video.frames} frames encoded, {count} read back")
     return {
         "fps": video.fps,
         "source_size": [video.height, video.width],
-        "decode_errors": len(video.errors),
+        "decode_errors": video.damage,
+        "times": video.variable_times(),
         "frame_bytes": frame_bytes,
         "iframe_bytes": iframe_bytes,
         "iframe_frame": list(range(0, count, settings.gop)),
@@ -121,10 +133,13 @@ def serve(parent: int) -> None:
         spool = Spool(Path(request["spool"]), tuple(request["names"]))
         settings = Settings.from_json(request["settings"])
         try:
-            answer = verbs[request["verb"]](request["source"], spool, settings, alive)
+            answer = verbs[request["verb"]](request["source"], spool, settings, alive, **request["options"])
+        except MemoryError as error:  # FFmpeg's as well
+            answer = {"error": f"it takes more memory than there is ({error})"}
         except (ValueError, OSError, av.FFmpegError) as error:
-            # A full disk is not the video's fault. (FFmpeg's own errors are OSErrors too, most of them.)
-            number = error.errno if isinstance(error, OSError) else None
+            # A disk that is full or cannot be read is not the video's fault. FFmpeg's own errors are OSErrors too, most
+            # of them, but say nothing of the disk: it does not read the file itself.
+            number = error.errno if isinstance(error, OSError) and not isinstance(error, av.FFmpegError) else None
             answer = {"system": [number, os.strerror(number)]} if number in OUR_ERRORS else {"error": str(error)}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
@@ -151,15 +166,18 @@ class Codec:
         self._closed = False
         self._lock = threading.Lock()  # between starting a child and closing
 
-    def run(self, verb: str, source: Path, spool: Spool, settings: Settings, time_limit: float) -> dict[str, Any]:
+    def run(
+        self, verb: str, source: Path, spool: Spool, settings: Settings, time_limit: float, **options: str
+    ) -> dict[str, Any]:
         """Answer of one of the functions above, `convert` or `flow`, in the child.
 
-        A child that is lost is replaced and the video tried once more. Raises CodecError where the video cannot be
-        stored, and leaves the spool as it was; OSError where it is the disk or the memory that cannot take it.
+        A child that dies is replaced and the video tried once more; one that shows no sign of life for `time_limit`
+        seconds is replaced, but the video would take as long again. Raises CodecError where the video cannot be
+        stored, and leaves the spool as it was; OSError where it is the disk that does not give or take it.
         """
         before = spool.sizes()
         request: dict[str, Any] = {"verb": verb, "source": str(source), "settings": settings.to_json()}
-        request |= {"spool": str(spool.folder), "names": list(spool.names)}
+        request |= {"spool": str(spool.folder), "names": list(spool.names), "options": options}
         try:
             try:
                 return self._ask(request, time_limit)
@@ -168,6 +186,13 @@ class Codec:
                 return self._ask(request, time_limit)
         except CodecError:
             spool.truncate(before)
+            raise
+        except OSError as error:
+            if error.errno in UNREADABLE:
+                raise OSError(error.errno, error.strerror, str(source)) from error
+            if error.errno in DISK_FULL and sum(spool.sizes()) - sum(before) >= LARGE:
+                spool.truncate(before)
+                raise CodecError(f"it takes more room than the disk has ({error.strerror})") from error
             raise
 
     def close(self) -> None:
@@ -206,7 +231,7 @@ class Codec:
             ready, _, _ = select.select([child.stdout], [], [], time_limit)
             if not ready:
                 self._stop()
-                raise CodecLost(f"no result within {time_limit:g} s (time limit a video)")
+                raise CodecError(f"no progress within {time_limit:g} s (--time-limit)")
             piece = os.read(child.stdout.fileno(), PIPE_BYTES)
             if not piece:
                 status = child.wait()
@@ -229,7 +254,7 @@ class Codec:
             )
         try:
             self._answer(child, START_SECONDS)
-        except CodecLost as error:
+        except CodecError as error:
             # No video is to blame: one failure row for each would hide what is wrong.
             raise RuntimeError(f"the decoder process does not start: {error}") from error
         return child

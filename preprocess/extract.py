@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 import simplejpeg
-from av.sidedata.sidedata import SideDataContainer
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorRange, VideoReformatter
 
+from preprocess.encode import pixels, side_data
 from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings
 
 # FFmpeg's AVMotionVector. PyAV's own way to an array builds this type anew for every frame, which takes longer.
@@ -25,6 +26,7 @@ RECORD = np.dtype(
 )
 BATCH = 48  # packets encoded before they are decoded: encoder and decoder in turns of a frame empty each other's caches
 MACROBLOCK_BITS = MACROBLOCK.bit_length() - 1
+MVEXTRACTOR_COLUMNS = [name for name in RECORD.names or () if name != "flags"]
 OURS = {"source": -1, "w": MACROBLOCK, "h": MACROBLOCK, "motion_scale": 2}
 """What is the same in all vectors of our encoder: from the previous frame, of whole macroblocks, half-pixel."""
 
@@ -40,16 +42,18 @@ class Group(NamedTuple):
     """int16 (n, rows, cols, 2), as `preprocess.shards` defines it."""
 
 
-def groups(packets: Iterable[av.Packet], settings: Settings) -> Iterator[Group]:
+def groups(packets: Iterable[av.Packet], settings: Settings, file: Path | None = None) -> Iterator[Group]:
     """Every group of pictures of an encoded stream. Raises ValueError where it is not what our encoder makes.
 
-    Vectors are turned into grids a group at a time: of single frames, what numpy costs a call would outweigh the rest.
+    PyAV reads frames and vectors in one decode; where a `file` is named, mvextractor reads the vectors from what is
+    put there. Vectors are turned into grids a group at a time: of single frames, what numpy costs a call would
+    outweigh the rest.
     """
     small, full = VideoReformatter(), VideoReformatter()
     frames: list[bytes] = []
     records: list[bytes] = []
     iframe = b""
-    for number, (frame, vectors) in enumerate(decoded(packets)):
+    for number, (frame, vectors) in enumerate(decoded(packets) if file is None else decoded_twice(packets, file)):
         if frame.key_frame != (number % settings.gop == 0):
             raise ValueError(f"frame {number} of the encoded stream breaks the group of {settings.gop}")
         if frame.key_frame:
@@ -72,10 +76,35 @@ def decoded(packets: Iterable[av.Packet]) -> Iterator[tuple[av.VideoFrame, bytes
     while batch := [*islice(source, BATCH)]:
         for packet in batch:
             for frame in decoder.decode(packet):  # without B-frames a packet is a frame, and none is held back
-                # Not frame.side_data: it ties frame and side data into a cycle, so that frames by the dozen wait for
-                # the garbage collector, and every new one is fresh memory. That takes a third of what decoding takes.
-                vectors = SideDataContainer(frame).get("MOTION_VECTORS")  # type: ignore[call-arg]  # not in the stubs
-                yield frame, b"" if vectors is None else bytes(vectors)
+                yield frame, side_data(frame, "MOTION_VECTORS")
+
+
+def decoded_twice(packets: Iterable[av.Packet], file: Path) -> Iterator[tuple[av.VideoFrame, bytes]]:
+    """As `decoded`, but frame types and vectors are what mvextractor reads from the stream, which is put into `file`.
+
+    It takes nothing but files, gives pictures in RGB only, and ends without a word on errors: so PyAV decodes the
+    pictures a second time, from the same file, and the two are held against each other.
+    """
+    from mvextractor.videocap import VideoCap  # has wheels for Linux on x86-64 only
+
+    with open(file, "wb") as stream:
+        for packet in packets:
+            stream.write(bytes(packet))
+    capture = VideoCap()
+    capture.set_decode_frames(False)
+    if not capture.open(str(file)):
+        raise ValueError("mvextractor cannot open the encoded stream")
+    with av.open(str(file), "r", format="m4v") as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(video=0)):
+            read, _, vectors, kind = capture.read()
+            if not read or kind != ("I" if frame.key_frame else "P"):
+                raise ValueError(f"mvextractor finds {kind if read else 'no'} frame {number} in the encoded stream")
+            records = np.zeros(len(vectors), RECORD)
+            for name, column in zip(MVEXTRACTOR_COLUMNS, vectors.T):
+                records[name] = column
+            yield frame, records.tobytes()
+    capture.release()
 
 
 def grids(records: Sequence[bytes], settings: Settings) -> np.ndarray:
@@ -119,7 +148,4 @@ def shrink(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: i
 
 def compress(picture: av.VideoFrame, quality: int) -> bytes:
     """JPEG of a full-range yuv420p picture; nothing is converted."""
-    planes = [
-        np.ndarray((p.height, p.width), np.uint8, memoryview(p), strides=(p.line_size, 1)) for p in picture.planes
-    ]
-    return simplejpeg.encode_jpeg_yuv_planes(*planes, quality)
+    return simplejpeg.encode_jpeg_yuv_planes(*map(pixels, picture.planes), quality)

@@ -16,6 +16,7 @@ import av
 import numpy as np
 
 from preprocess.codec import Codec, CodecError, plain, spread
+from preprocess.encode import pixels
 from preprocess.pipeline import Progress, library_versions
 from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings, Shard, ShardSet, flow_path
 from preprocess.writer import working, write_flow
@@ -92,9 +93,7 @@ def maps(pictures: Iterable[av.VideoFrame], settings: Settings) -> Iterator[np.n
 
 def luma(frame: av.VideoFrame) -> np.ndarray:
     """Luma of a limited-range YUV frame, float32 (H, W), black 0 and white 1."""
-    plane = frame.planes[0]
-    pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
-    return (pixels.astype(np.float32) - BLACK) / (WHITE - BLACK)
+    return (pixels(frame.planes[0]).astype(np.float32) - BLACK) / (WHITE - BLACK)
 
 
 def displacement(before: np.ndarray, now: np.ndarray) -> np.ndarray:

@@ -12,13 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from preprocess.codec import Codec, CodecError, plain, spread
+from preprocess.codec import Codec, CodecError, Reader, plain, spread
 from preprocess.files import replacing
 from preprocess.manifest import Manifest
 from preprocess.shards import Failure, Origin, Settings, Shard, shard_name, shard_paths
@@ -43,6 +44,7 @@ class Task:
     out: Path
     origin: Origin
     time_limit: float
+    reader: Reader = "pyav"
 
     @property
     def shard(self) -> Path:
@@ -113,6 +115,7 @@ def run(
     part: tuple[int, int] = (1, 1),
     retry_failed: bool = False,
     time_limit: float = 600.0,
+    reader: Reader = "pyav",
 ) -> Summary:
     """Make every shard of the manifest that is not there yet (or every `part`-th of them).
 
@@ -125,12 +128,17 @@ def run(
         raise ValueError("--backend dask needs --scheduler ADDRESS (such as tcp://node1:8786), and only it takes one")
     if time_limit <= 0:
         raise ValueError(f"--time-limit is {time_limit:g}; it must be more than 0 seconds")
+    if reader == "mvextractor" and not find_spec("mvextractor"):
+        raise ValueError(
+            "--reader mvextractor needs the package motion-vector-extractor, which there is for Linux on x86-64: "
+            "pip install '.[preprocess]', or leave the flag away (the bytes are the same)"
+        )
     manifest = Manifest.read(manifest_path)
     # A relative name could start like an address (news: today.avi), which FFmpeg would try to reach.
     videos = videos.absolute()
     if not videos.is_dir():
         raise ValueError(f"--videos {videos} is not a folder; it is what the manifest's paths are relative to")
-    tasks = plan(manifest, videos, out, settings, videos_per_shard, time_limit)
+    tasks = plan(manifest, videos, out, settings, videos_per_shard, time_limit, reader)
     out.mkdir(parents=True, exist_ok=True)
     refuse_foreign(out, tasks)
     index, parts = part
@@ -181,7 +189,13 @@ def _make_alone(task: Task) -> Made:
 
 
 def plan(
-    manifest: Manifest, videos: Path, out: Path, settings: Settings, videos_per_shard: int, time_limit: float
+    manifest: Manifest,
+    videos: Path,
+    out: Path,
+    settings: Settings,
+    videos_per_shard: int,
+    time_limit: float,
+    reader: Reader = "pyav",
 ) -> list[Task]:
     """Cut a manifest into one task a shard."""
     if videos_per_shard < 1:
@@ -199,6 +213,7 @@ def plan(
             out=out,
             origin=origin,
             time_limit=time_limit,
+            reader=reader,
         )
         for k, start in enumerate(starts)
     ]
@@ -254,11 +269,12 @@ def _store(codec: Codec, task: Task, spool: Spool, row: int, path: str, label: i
     """One video into the spool, or why not."""
     source = task.videos / path
     try:
-        answer = codec.run("convert", source, spool, task.origin.settings, task.time_limit)
+        answer = codec.run("convert", source, spool, task.origin.settings, task.time_limit, reader=task.reader)
     except CodecError as error:
         return Failure(row, path, plain(str(error), source, path))
     for key in ("frame_bytes", "iframe_bytes", "iframe_frame"):
         answer[key] = np.array(answer[key], np.int64)
+    answer["times"] = np.array(answer["times"], np.float64)
     return Video(row, path, label, **answer)
 
 

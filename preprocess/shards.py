@@ -11,11 +11,12 @@ uncompressed, so a reader asks HDF5 once where the bytes lie and then maps the f
 | videos/fps | float64 (n,) | average frame rate of the source |
 | videos/source_size | int32 (n, 2) | height, width of the source as displayed |
 | videos/frame_offset | int64 (n+1,) | first frame of each video in frames/ and motion |
-| videos/decode_errors | int32 (n,) | packets of the source that did not decode and were skipped |
+| videos/decode_errors | int32 (n,) | packets of the source that did not decode, or not wholly |
 | frames/jpeg, frames/jpeg_offset | uint8 (bytes), int64 (F+1,) | every frame, frame_height x frame_width |
 | iframes/jpeg, iframes/jpeg_offset | uint8 (bytes), int64 (K+1,) | every I-frame, height x width |
 | iframes/frame | int64 (K,) | which frame of frames/ each I-frame is |
 | motion | int16 (F, rows, cols, 2) | see below |
+| frames/time | float64 (F,) | seconds from a video's first frame; only where a video of the shard has a variable rate |
 | failed/row | int64 (m,) | manifest rows that could not be stored |
 | failed/path, failed/reason (each with _offset) | uint8 (bytes), int64 (m+1,) | their paths, and why |
 
@@ -79,6 +80,7 @@ SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "failed/reason": ("uint8", ("reason_bytes",)),
     "failed/reason_offset": ("int64", ("m+1",)),
 }
+OPTIONAL: dict[str, tuple[str, tuple[str | int, ...]]] = {"frames/time": ("float64", ("F",))}
 OFFSETS = {name: name.removesuffix("_offset") for name in SCHEMA if name.endswith("_offset")}
 
 
@@ -182,6 +184,11 @@ def checksum_path(file: Path) -> Path:
     return file.with_name(file.name + ".sha256")
 
 
+def even_times(frames: int, fps: float) -> np.ndarray:
+    """Seconds from the first frame at a constant rate, float64 (frames,); nan where it is 0, unknown."""
+    return np.arange(frames) / fps if fps else np.full(frames, np.nan)
+
+
 def _unpack(data: np.ndarray, offset: np.ndarray) -> list[str]:
     raw = data.tobytes()
     return [raw[a:b].decode("utf-8", "surrogateescape") for a, b in zip(offset[:-1].tolist(), offset[1:].tolist())]
@@ -236,7 +243,7 @@ class Shard:
         rows, cols = self.settings.grid
         known: dict[str | int, int] = {"rows": rows, "cols": cols, 2: 2}
         layout = {}
-        for name, (dtype, dims) in SCHEMA.items():
+        for name, (dtype, dims) in (SCHEMA | {k: v for k, v in OPTIONAL.items() if k in f}).items():
             shape, offset = _place(f, name, dtype, len(dims), size)
             for dim, length in zip(dims, shape):
                 base = known.setdefault(dim, length)
@@ -308,6 +315,13 @@ class Shard:
         paths = _unpack(self["failed/path"], self["failed/path_offset"])
         reasons = _unpack(self["failed/reason"], self["failed/reason_offset"])
         return [Failure(*f) for f in zip(self["failed/row"].tolist(), paths, reasons)]
+
+    def times(self, video: int) -> np.ndarray:
+        """When each frame of a video is shown, float64 (T,), seconds from the first; nan where no rate was declared."""
+        start, end = self.frame_offset[video : video + 2]
+        if "frames/time" in self._layout:
+            return self["frames/time"][start:end]
+        return even_times(int(end - start), float(self.fps[video]))
 
     def frame_jpeg(self, frame: int) -> np.ndarray:
         """JPEG of one frame, uint8 view; `frame` counts over the shard (frame_offset[v] + t)."""

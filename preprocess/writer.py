@@ -23,12 +23,14 @@ from preprocess.shards import (
     FLOW_FORMAT,
     FLOW_VERSION,
     FORMAT,
+    OPTIONAL,
     SCHEMA,
     VERSION,
     Failure,
     Origin,
     Shard,
     checksum_path,
+    even_times,
     file_sha256,
     flow_path,
     shard_name,
@@ -57,6 +59,8 @@ class Video:
     iframe_frame: np.ndarray
     """Frame number of each I-frame within the video, int64 (K,)."""
     decode_errors: int = 0
+    times: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """When each frame is shown, seconds from the first, float64 (T,); nothing where the rate is constant."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,9 @@ def working(target: Path, names: tuple[str, ...] = Spool.names) -> Iterator[Spoo
     except OSError as error:
         # HDF5 hides the system's reason in the middle of its own.
         number = error.errno or next(iter(map(int, re.findall(r"errno = (\d+)", str(error)))), 0)
+        reason = f"{os.strerror(number)}{f' ({error.filename})' if error.filename else ''}" if number else error
         raise OSError(
-            f"{target} cannot be made: {os.strerror(number) if number else error}. Make room in {target.parent}, or "
+            f"{target} cannot be made: {reason}. Make room in {target.parent}, or "
             "mend what this names, and run the same command again: finished shards are kept"
         ) from error
 
@@ -141,7 +146,7 @@ def write_shard(
         "iframes/jpeg": (int(columns["iframes/jpeg_offset"][-1]),),
         "motion": (int(columns["videos/frame_offset"][-1]), *origin.settings.grid, 2),
     }
-    datasets = {name: (dtype, shapes[name]) for name, (dtype, _) in SCHEMA.items()}
+    datasets = {name: (dtype, shapes[name]) for name, (dtype, _) in (SCHEMA | OPTIONAL).items() if name in shapes}
     _assemble(partial, attributes, datasets, columns, spool)
     if problems := content_problems(Shard(partial)):
         raise OSError(f"{partial} was written but does not read back: {problems[0]}")
@@ -208,7 +213,9 @@ def _columns(videos: list[Video], failures: list[Failure]) -> dict[str, np.ndarr
     failed_path, failed_path_offset = _pack(f.path for f in failures)
     reason, reason_offset = _pack(f.reason for f in failures)
     iframe = [v.iframe_frame + start for v, start in zip(videos, starts)]
-    return {
+    times = [v.times if len(v.times) else even_times(len(v.frame_bytes), v.fps) for v in videos]
+    varies = any(len(v.times) for v in videos)
+    return ({"frames/time": np.concatenate(times)} if varies else {}) | {
         "videos/row": np.array([v.row for v in videos], np.int64),
         "videos/path": path,
         "videos/path_offset": path_offset,

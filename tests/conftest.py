@@ -58,6 +58,23 @@ def write_video(
     return path
 
 
+def remux(source: Path, target: Path, **muxer: str) -> Path:
+    """The same packets in another container."""
+    with (
+        av.open(str(source), metadata_errors="ignore") as a,
+        av.open(str(target), "w", options=muxer) as b,
+    ):
+        stream = a.streams.video[0]
+        copy = b.add_stream_from_template(stream)
+        for number, packet in enumerate(a.demux(stream)):
+            if packet.size:
+                if packet.pts is None:  # an old AVI numbers its frames, and does not time them
+                    packet.pts = packet.dts if packet.dts is not None else number
+                packet.stream = copy
+                b.mux(packet)
+    return target
+
+
 def smooth_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Band-limited noise, uint8 RGB (height, width, 3), periodic in both directions."""
     y, x = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]

@@ -220,8 +220,8 @@ BARS = np.array([(180, 180, 180), (180, 180, 16), (16, 180, 180), (16, 180, 16),
 
 
 def bars_yuv(matrix: int, full: bool, height: int, width: int) -> np.ndarray:
-    """Colour bars as planes (3, height, width), by the textbook equations of BT.601 and BT.709."""
-    kr, kb = (0.2126, 0.0722) if matrix == 709 else (0.299, 0.114)
+    """Colour bars as planes (3, height, width), by the textbook equations with each standard's weights."""
+    kr, kb = {601: (0.299, 0.114), 709: (0.2126, 0.0722), 240: (0.212, 0.087), 2020: (0.2627, 0.0593)}[matrix]
     r, g, b = BARS.T / 255
     y = kr * r + (1 - kr - kb) * g + kb * b
     cb, cr = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
@@ -236,6 +236,10 @@ COLOURS = {
     "bt709 full": (709, 1, True, 2, 240),
     "bt601 limited": (601, 6, False, 1, 240),
     "bt601 full": (601, 5, True, 2, 240),
+    "bt2020 limited": (2020, 9, False, 1, 240),
+    "bt2020 full": (2020, 9, True, 2, 240),
+    "smpte 240m limited": (240, 7, False, 1, 240),
+    "smpte 240m full": (240, 7, True, 2, 240),
     "untagged small is bt601": (601, 2, False, 0, 240),
     "untagged tall is bt709": (709, 2, False, 0, 720),
     "tagged bt601 though tall": (601, 6, False, 1, 720),
