@@ -113,7 +113,7 @@ def test_the_screen_and_tensorboard_show_them(watched: Path) -> None:
     ("clips", "videos", "epochs", "expected"),
     [
         (768, 9537, 120, 1),  # UCF101: 256 steps' worth of looking at 9,537, 2.7 %
-        (472, 288, 60, 20),  # the scenes: 157 of 518 that 3 % of 17,280 are, so three times
+        (258, 288, 60, 10),  # the scenes: a third of 258 is 86, and 3 % of 17,280 are 518, so six times
         (768, 12, 3, 3),  # at the end in any case
         (768, 240_000, 120, 1),
     ],
@@ -145,14 +145,17 @@ def test_what_is_looked_at(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heldout, "VIDEOS", 4)
     rows = Manifest.read(tiny[1])
     test, train = rows.subset("test"), rows.subset("train")
-    found = apart(tiny, rows)
-    assert found is not None and found.every == 3
+    found = apart(tiny, rows, watch_epochs=1)
+    assert found is not None and found.every == 1
     paths = [found.clips.shards.paths[v] for v in found.clips.video]
     assert (found.queries, found.sampler.global_batch, found.clips.clips) == (4, 2, 1)
     assert paths == [test.paths[i] for i in (0, 2, 5, 7)] + [train.paths[i] for i in (0, 4, 7, 11)]
     large = apart(tiny, test, config=tiny_config(batch_size=6))
     assert large is not None and (large.queries, large.sampler.steps) == (6, 1)
     assert [e for e in range(1, 9) if replace(large, every=2).due(e)] == [2, 3, 4, 6, 8]
+    for epochs, queries, every in ((3, 2, 3), (60, 3, 9), (3000, 4, 12)):  # affordable: 3, 64 and 3,240 clips
+        short = apart(tiny, test, config=tiny_config(epochs=epochs))
+        assert short is not None and (short.queries, short.every) == (queries, every)
     assert "6 held-out videos are looked at every 3 epochs and at the end, beside 6 training videos" in str(large)
     object.__setattr__(found.clips, "label", np.full(8, -1))
     looked = found.measure(build_model(tiny_config(), 4), RUNTIME, torch.device("cpu"))

@@ -137,9 +137,10 @@ def test_training_understands_the_commands(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(trained, "load_pretrained", lambda folder, _: folder)
     command = by_output(planned(("2", "7"), tmp_path, (4,), training=["--precision", "bfloat16"]))[name].command
     assert training.run(list(command[1:])) == 0
-    ((config, runtime, shards, table, out, origin),) = asked
+    ((config, runtime, shards, table, out, origin, held_out),) = asked
     assert config == RECIPES[command[1]].config.changed({"seed": 4})
     assert runtime.precision == "bfloat16" and set(table.subsets) == {"train"} and origin.recipe == command[1]
+    assert set(held_out.subsets) == {"test"}
     assert (shards, out) == ((HMDB51 if "hmdb51" in name else UCF101).shards, tmp_path / name)
     assert runtime.keep_epochs == (() if "hmdb51" in name else (1, 5, 10, 20, 50))
     assert origin.pretrained == (tmp_path / "pretrain-ucf101-r2plus1d26-s4" if "from" in name else None)

@@ -30,9 +30,10 @@ from train.tasks import Batch, PretrainingTask
 
 Model = PretrainingModel | FinetuningModel
 
-VIDEOS = 256  # held-out videos, and as many training videos for them to find
+VIDEOS = 256  # held-out videos at most, and as many training videos for them to find
+LOOKS = 6  # wanted over a run: where they take too long, fewer videos are looked at
 SHARE = 0.03  # of the time of training, at most
-FORWARD = 1 / 3  # of a training step, whose backward pass takes twice as long
+FORWARD = 1 / 3  # of a training step, whose backward pass takes twice as long; measured on a CPU, all told: 0.27
 AT_ONCE = 16  # clips of a batch that are only pooled
 
 
@@ -102,7 +103,9 @@ def hold_out(
     labels, is told not to look, or has too few of them for a batch."""
     if not isinstance(config, Pretraining) or held_out is None or runtime.watch_epochs == 0:
         return None
-    count = max(VIDEOS, config.batch_size)  # as many candidates as in training
+    # A video has a clip for the tasks and one to ask with, and a training video one to be found.
+    count = VIDEOS if runtime.watch_epochs else min(VIDEOS, affordable(videos, config.epochs) // (3 * LOOKS))
+    count = max(count, config.batch_size)  # as many candidates as in training
     frames, trained = dict(zip(shards.paths, shards.frames.tolist())), set(training.paths)
     able = [largest_stride(frames.get(path, 0), config.sampling) > 0 for path in held_out.paths]
     rows = [i for i, path in enumerate(held_out.paths) if able[i] and path not in trained]
@@ -119,11 +122,15 @@ def hold_out(
     return HeldOut(task, sampler, clips, len(queries), every)
 
 
+def affordable(videos: int, epochs: int) -> int:
+    """Clips that can be looked at in `SHARE` of the time of so many epochs of so many videos."""
+    return int(SHARE * epochs * videos / FORWARD)
+
+
 def epochs_between(clips: int, videos: int, epochs: int) -> int:
-    """Epochs of so many videos from one look at so many clips to the next, that all looks take at most `SHARE` of the
-    time; at most `epochs`, which is one look at the end."""
-    looks = int(SHARE * epochs * videos / (FORWARD * clips))
-    return math.ceil(epochs / max(looks, 1))
+    """Epochs from one look at so many clips to the next, that all looks are affordable; at most `epochs`, which is one
+    look at the end, whatever it takes."""
+    return math.ceil(epochs / max(affordable(videos, epochs) // clips, 1))
 
 
 @torch.no_grad()
