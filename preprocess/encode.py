@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -222,22 +221,16 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
         return stream.frames - source.hidden
     if container.format.name not in DECLARES_DURATION:
         return 0
-    times, duration = source.times, _own_duration(stream)
-    if duration is None:
+    times = source.times
+    if stream.duration and stream.time_base:
+        duration = float(stream.duration * stream.time_base)
+    else:
         duration = (container.duration or 0) / av.time_base
         if source.end >= MIN_DECODED * duration:  # of the longest stream, which may be sound
             duration = min(duration, times[-1] - times[0] + 1 / source.fps) if source.fps else 0
     if source.is_variable and max(times) >= MIN_DECODED * duration:
         return source.frames
     return round(duration * source.fps) - source.hidden
-
-
-def _own_duration(stream: VideoStream) -> float | None:
-    """Seconds that a stream itself lasts, where its container says so; Matroska does in a tag, as text."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    hours = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    return int(hours[1]) * 3600 + int(hours[2]) * 60 + float(hours[3]) if hours else None
 
 
 # ---- pictures

@@ -115,6 +115,17 @@ def test_a_cut_file_is_refused_or_counted(name: str, tmp_path: Path) -> None:
             convert(cut)
 
 
+def test_a_packet_that_the_cut_hits_is_counted_though_its_decoder_is_silent(tmp_path: Path) -> None:
+    front = {"movflags": "faststart"}
+    whole = write(tmp_path / "a.mov", codec_name="mjpeg", options={}, muxer=front, pix_fmt="yuvj420p")
+    with av.open(str(whole)) as container:
+        last = [p for p in container.demux(video=0) if p.size][95]
+    cut = tmp_path / "cut.mov"
+    cut.write_bytes(whole.read_bytes()[: last.pos + last.size * 9 // 10])
+    stored = convert(cut)
+    assert (len(stored.frames), stored.errors) == (96, 1)
+
+
 def test_a_fragment_that_promises_more_than_the_file_holds_is_counted(tmp_path: Path) -> None:
     whole = write(tmp_path / "a.mp4", gop=100, muxer={"movflags": "frag_keyframe+empty_moov"})
     with av.open(str(whole)) as container:
@@ -358,3 +369,11 @@ def test_a_variable_rate_keeps_its_times(end: str, tmp_path: Path) -> None:
     with h5py.File(mixed.path) as with_times, h5py.File(even.path) as without:
         assert "time" in with_times["frames"] and "time" not in without["frames"]
     assert check.problems(tmp_path / "mixed" / "shards") == []
+
+
+def test_times_that_go_back_are_not_stored(real_clips: list[Path], tmp_path: Path) -> None:
+    clip = next(c for c in real_clips if "RATRACE" in c.name)  # an AVI of B-frames: it says when each is decoded
+    source = encode.Source()
+    for _ in encode.packets(str(clip), TINY, source):
+        pass
+    assert source.is_variable and (np.diff(source.times) < 0).any() and source.variable_times() == []

@@ -123,6 +123,27 @@ def test_a_video_larger_than_the_memory_is_a_failure_row(tmp_path: Path, monkeyp
     assert [f.path for f in shards.failed] == ["huge.png"] and "memory" in shards.failed[0].reason
 
 
+def test_no_memory_for_a_picture_is_a_failure_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4", FRAMES[:6])
+    short_of("import numpy\nencode._stretch = lambda *_: numpy.empty(1 << 60, numpy.uint8)", tmp_path, monkeypatch)
+    shards = make_shards(tmp_path, tmp_path, ["a.mp4"], settings=TINY)
+    assert "it takes more memory than there is (Unable to allocate" in shards.failed[0].reason
+
+
+FFMPEG_SAYS = """
+import av
+def broken(*_): raise av.error.OSError(5, "Input/output error")  # as its readers of some formats do of a short file
+encode._best = broken
+"""
+
+
+def test_ffmpegs_own_errors_of_reading_are_failure_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4", FRAMES[:6])
+    short_of(FFMPEG_SAYS, tmp_path, monkeypatch)
+    shards = make_shards(tmp_path, tmp_path, ["a.mp4"], settings=TINY)
+    assert [f.reason for f in shards.failed] == ["[Errno 5] Input/output error"]
+
+
 # ---- time
 
 
@@ -185,24 +206,30 @@ def test_mvextractor_gives_the_same_bytes_of_a_real_clip(real_clips: list[Path],
     assert files(tmp_path / "pyav") == files(tmp_path / "mvextractor")
 
 
-def test_mvextractor_must_agree_about_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [((False, None, None, "P"), "no frame 20"), ((True, None, np.empty((0, 10), int), "I"), "I frame 20")],
+)
+def test_mvextractor_must_agree_about_every_frame(
+    answer: tuple, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mvextractor import videocap
 
-    class EndsQuietly:
+    class Wrong:
         def __init__(self) -> None:
             self.real, self.asked = real(), 0
 
         def read(self):
             self.asked += 1
-            return self.real.read() if self.asked <= 20 else (False, None, None, "?")
+            return self.real.read() if self.asked <= 20 else answer
 
         def __getattr__(self, name: str):
             return getattr(self.real, name)
 
     real = videocap.VideoCap
-    monkeypatch.setattr(videocap, "VideoCap", EndsQuietly)
+    monkeypatch.setattr(videocap, "VideoCap", Wrong)
     source = write_video(tmp_path / "a.mp4", FRAMES[:30])
-    with pytest.raises(ValueError, match="mvextractor finds no frame 20"):
+    with pytest.raises(ValueError, match=f"mvextractor finds {words}"):
         codec.convert(str(source), Spool(tmp_path), TINY, lambda: None, "mvextractor")
 
 
