@@ -227,7 +227,7 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
     else:
         duration = (container.duration or 0) / av.time_base
         if source.end >= MIN_DECODED * duration:  # of the longest stream, which may be sound
-            duration = min(duration, times[-1] - times[0] + 1 / source.fps) if source.fps else 0
+            duration = min(duration, times[-1] + 1 / source.fps) if source.fps else 0
     if source.is_variable and max(times) >= MIN_DECODED * duration:
         return source.frames
     return round(duration * source.fps) - source.hidden
