@@ -208,33 +208,24 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return make_shards(folder, folder / "videos", [*WORKS, *FAILS], settings=TINY, videos_per_shard=12, workers=2)
 
 
-@pytest.mark.parametrize("name", WORKS)
-def test_odd_files_are_stored(name: str, odd: ShardSet) -> None:
-    reasons = {f.path: f.reason for f in odd.failed}
-    assert name not in reasons, reasons[name]
-    shard, k = odd.locate(odd.paths.index(name))
-    frames, height, width = WORKS[name]
-    assert (int(np.diff(shard.frame_offset)[k]), *shard.source_size[k].tolist()) == (frames, height, width)
-    for frame in shard.frame_offset[k], shard.frame_offset[k + 1] - 1:
-        picture = simplejpeg.decode_jpeg(bytes(shard.frame_jpeg(frame)))
-        assert picture.shape == (32, 48, 3) and (picture.std() > 8 or name == "speck.mkv")
-        if name == "grey.mkv":
-            assert np.ptp(picture.astype(int), axis=-1).max() <= 6
+def test_odd_files_are_stored(odd: ShardSet) -> None:
+    assert odd.paths == list(WORKS)
+    for video, (name, expected) in enumerate(WORKS.items()):
+        shard, k = odd.locate(video)
+        assert (int(np.diff(shard.frame_offset)[k]), *shard.source_size[k].tolist()) == expected, name
+        for frame in shard.frame_offset[k], shard.frame_offset[k + 1] - 1:
+            picture = simplejpeg.decode_jpeg(bytes(shard.frame_jpeg(frame)))
+            assert picture.shape == (32, 48, 3) and (picture.std() > 8 or name == "speck.mkv"), name
+            if name == "grey.mkv":
+                assert np.ptp(picture.astype(int), axis=-1).max() <= 6
 
 
-@pytest.mark.parametrize("name", FAILS)
-def test_bad_files_are_failure_rows(name: str, odd: ShardSet) -> None:
-    assert name not in odd.paths
-    (failure,) = (f for f in odd.failed if f.path == name)
-    assert FAILS[name] in failure.reason and failure.row == [*WORKS, *FAILS].index(name)
-    assert str(odd.folder.parent) not in failure.reason
-
-
-def test_failures_come_together_in_one_table(odd: ShardSet) -> None:
+def test_bad_files_are_failure_rows_in_one_table(odd: ShardSet) -> None:
     with open(odd.folder / "failures.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [r["path"] for r in rows] == list(FAILS)
-    assert [(int(r["row"]), r["path"], r["reason"]) for r in rows] == odd.failed
+        rows = [(int(r["row"]), r["path"], r["reason"]) for r in csv.DictReader(file)]
+    assert rows == odd.failed and [path for _, path, _ in rows] == list(FAILS)
+    for number, (row, path, reason) in enumerate(rows, start=len(WORKS)):
+        assert row == number and FAILS[path] in reason and str(odd.folder.parent) not in reason
     assert check.problems(odd.folder) == []
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import make_shards, panned, write_video
 
-from preprocess import pipeline
+from preprocess import __main__, pipeline
 from preprocess.codec import Codec
 from preprocess.manifest import Manifest
 from preprocess.shards import Settings, Shard
@@ -76,7 +76,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(tmp_path_factory.mktemp("job"))
 
 
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize("share", [0.01, 0.9])
 def test_a_full_disk_is_said_and_the_next_run_completes(share: float, job: Job) -> None:
     """A limit on file sizes hits the spooled pictures, or the finished file."""
     out, size = f"limit{share}", int(len(job.expected["shard-00000.h5"]) * share)
@@ -100,7 +100,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("size", ["60k", "250k", "330k", "400k"])
+@pytest.mark.parametrize("size", ["60k", "330k"])
 def test_a_full_file_system_is_said_and_the_next_run_completes(size: str, job: Job) -> None:
     with small_disk(job.folder / f"disk{size}", size) as resize:
         out = f"disk{size}/out"
@@ -173,9 +173,8 @@ def kill_once(job: Job, out: str, workers: int, what: str, after: float) -> None
     wait_for(lambda: not session(run.pid), "workers and decoders to end with their parent")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_run_ends_as_an_undisturbed_one(workers: int, job: Job) -> None:
-    kill_at_random(job, 2, workers)
+def test_a_killed_run_ends_as_an_undisturbed_one(job: Job) -> None:
+    kill_at_random(job, 3, 2)
 
 
 @pytest.mark.soak
@@ -202,9 +201,8 @@ def test_a_finished_run_is_left_alone(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    "number, status, words", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "termin")]
+    "number, status, words, workers", [(signal.SIGINT, 130, "interrupted", "2"), (signal.SIGTERM, 143, "termin", "1")]
 )
-@pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_interrupted_run_says_so_and_leaves_no_process(
     number: int, status: int, words: str, workers: str, job: Job
 ) -> None:
@@ -217,33 +215,6 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(
     wait_for(lambda: not session(run.pid), "workers to end")
 
 
-def test_exit_statuses(job: Job, tmp_path: Path) -> None:
-    def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "preprocess", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    shards = tmp_path / "shards"
-    shutil.copytree(job.folder / "expected", shards)
-    assert verb("check", str(shards)).returncode == 0
-    with open(shards / "shard-00001.h5", "r+b") as f:
-        f.seek(5000)
-        f.write(b"!")
-    damaged = verb("check", str(shards), "--workers", "2")
-    assert damaged.returncode == 1 and "shard-00001.h5: the checksum differs" in damaged.stderr
-    unknown = verb("run", str(job.manifest), "--videos", "a", "--out", "b", "--no-such-flag")
-    assert unknown.returncode == 2 and "no-such-flag" in unknown.stderr
-    for flags, words in {
-        ("run", "none.csv", "--videos", str(tmp_path), "--out", "x"): "none.csv",
-        ("run", str(job.manifest), "--videos", str(tmp_path / "none"), "--out", str(tmp_path / "x")): "not a folder",
-        ("run", str(job.manifest), "--videos", str(job.videos), "--out", str(job.manifest)): "manifest.csv",
-        ("run", str(job.manifest), "--videos", str(job.videos), "--out", "/proc/none"): "/proc/none",
-        ("info", str(tmp_path / "nothing")): "holds no shards",
-    }.items():
-        wrong = verb(*flags)
-        assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and words in wrong.stderr
-        assert wrong.stderr.count("\n") == 1
-
-
 def test_a_reader_that_stops_listening_is_no_error(job: Job) -> None:
     script = f"{sys.executable} -m preprocess info {job.folder / 'expected'} | true; sleep 0.1"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -253,21 +224,87 @@ def test_a_reader_that_stops_listening_is_no_error(job: Job) -> None:
 # In this process
 
 
+Verb = Callable[..., tuple[int, str, str]]
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> Path:
+def verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
+    """python -m preprocess with these arguments -> status, what it prints, what it complains of."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["preprocess", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            status = __main__.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_check_ends_with_status_1_where_a_shard_is_damaged(job: Job, tmp_path: Path, verb: Verb) -> None:
+    shutil.copytree(job.folder / "expected", tmp_path / "shards")
+    assert verb("check", tmp_path / "shards")[0] == 0
+    with open(tmp_path / "shards/shard-00001.h5", "r+b") as f:
+        f.seek(5000)
+        f.write(b"!")
+    status, _, errors = verb("check", tmp_path / "shards", "--workers", 2)
+    assert status == 1 and "shard-00001.h5: the checksum differs" in errors
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("run none.csv --videos {videos} --out x", "none.csv"),
+        ("run {manifest} --videos {folder}/none --out {folder}/x", "not a folder"),
+        ("run {manifest} --videos {videos} --out {manifest}", "manifest.csv"),
+        ("run {manifest} --videos {videos} --out /proc/none", "/proc/none"),
+        ("run {manifest} --videos {videos} --out {folder}/x --part 2", "--part is '2'; write i/n"),
+        ("run {manifest} --videos {videos} --out {folder}/x --part 0/2", "--part 0/2"),
+        ("run {manifest} --videos {videos} --out {folder}/x --part 3/2", "--part 3/2"),
+        ("run {manifest} --videos {videos} --out {folder}/x --videos-per-shard 0", "--videos-per-shard is 0"),
+        ("run {manifest} --videos {videos} --out {folder}/x --time-limit 0", "--time-limit is 0"),
+        ("run {manifest} --videos {videos} --out {folder}/x --backend dask", "--scheduler ADDRESS"),
+        ("run {manifest} --videos {videos} --out {folder}/x --scheduler tcp://127.0.0.1:1", "--scheduler ADDRESS"),
+        ("info {folder}/nothing", "holds no shards"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(flags: str, words: str, job: Job, tmp_path: Path, verb: Verb) -> None:
+    places = {"manifest": job.manifest, "videos": job.videos, "folder": tmp_path}
+    status, _, errors = verb(*(flag.format(**places) for flag in flags.split()))
+    assert status == 1 and errors.startswith("error: ") and words in errors and errors.count("\n") == 1
+    assert not list(tmp_path.glob("x/*"))
+
+
+def test_an_unknown_flag_is_an_error_of_usage(job: Job, verb: Verb) -> None:
+    status, _, errors = verb("run", job.manifest, "--videos", "a", "--out", "b", "--no-such-flag")
+    assert status == 2 and "no-such-flag" in errors
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run over two videos, one a shard; b.mp4 is missing."""
-    write_video(tmp_path / "videos/a.mp4", FRAMES[:14])
-    make_shards(tmp_path, tmp_path / "videos", ["a.mp4", "b.mp4"], ["x", "y"], settings=TINY, videos_per_shard=1)
-    return tmp_path
+    folder = tmp_path_factory.mktemp("finished")
+    write_video(folder / "videos/a.mp4", FRAMES[:14])
+    make_shards(folder, folder / "videos", ["a.mp4", "b.mp4"], ["x", "y"], settings=TINY, videos_per_shard=1)
+    return folder
 
 
-def test_everything_done_with_status_0(pair: Path) -> None:
+@pytest.fixture
+def pair(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it to work on."""
+    return Path(shutil.copytree(finished, tmp_path, dirs_exist_ok=True))
+
+
+def test_everything_done_with_status_0(pair: Path, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(pair / "videos/b.mp4", FRAMES[:3])
-    command = [sys.executable, "-m", "preprocess", "run", "manifest.csv", "--videos", "videos", "--out", "shards"]
-    command += ["--retry-failed", "--videos-per-shard", "1", *TINY_FLAGS]
-    done = subprocess.run(command, cwd=pair, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith("1 shards made, 1 already there: 1 videos, 3 frames")
+    monkeypatch.chdir(pair)
+    flags = ["--retry-failed", "--videos-per-shard", "1", *TINY_FLAGS]
+    status, said, errors = verb("run", "manifest.csv", "--videos", "videos", "--out", "shards", *flags)
+    assert status == 0 and errors == ""
+    assert said.startswith("1 shards made, 1 already there: 1 videos, 3 frames")
 
 
 def test_a_log_has_lines_of_progress(
@@ -354,18 +391,3 @@ def test_a_shard_in_the_making_elsewhere_is_not_made_twice(pair: Path) -> None:
             make_shards(pair, pair / "videos", ["a.mp4", "b.mp4"], ["x", "y"], settings=TINY, videos_per_shard=1)
     make_shards(pair, pair / "videos", ["a.mp4", "b.mp4"], ["x", "y"], settings=TINY, videos_per_shard=1)
     assert len(Shard(pair / "shards/shard-00000.h5")) == 1
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"part": (0, 2)}, "--part 0/2"),
-        ({"part": (3, 2)}, "--part 3/2"),
-        ({"videos_per_shard": 0}, "--videos-per-shard is 0"),
-        ({"time_limit": 0}, "--time-limit is 0"),
-    ],
-)
-def test_wrong_options_are_refused_before_any_work(options: dict, words: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=words):
-        make_shards(tmp_path, tmp_path, ["a.mp4"], settings=TINY, **options)
-    assert not list((tmp_path / "shards").glob("*"))

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from data_manifests import kinetics
-from preprocess.manifest import VIDEO_EXTENSIONS, Manifest, scan
+from preprocess.manifest import Manifest, scan
 
 ROOT = Path(__file__).parent.parent
-OFFICIAL = ROOT.parent / "shared" / "data" / "splits"
-
-needs_official_lists = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official lists are not at {OFFICIAL}")
 
 # --- folders ---
 
@@ -33,22 +28,27 @@ def triples(manifest: Manifest) -> list[tuple[str, str, str]]:
     return list(zip(manifest.paths, manifest.labels, manifest.subsets))
 
 
-def test_scan_class_folders(tmp_path: Path) -> None:
-    tree(tmp_path, "run/b.AVI", "run/deep/er/a.mp4", "jump, high/c (1)!.webm", "jump, high/notes.txt", "empty/readme")
-    assert triples(scan(tmp_path)) == [
-        ("jump, high/c (1)!.webm", "jump, high", ""),
-        ("run/b.AVI", "run", ""),
-        ("run/deep/er/a.mp4", "run", ""),
-    ]
-    assert scan(tmp_path, labels=False).labels == ("", "", "")
-
-
-def test_scan_flat_and_mixed_folders(tmp_path: Path) -> None:
-    tree(tmp_path, "b.mp4", "a.mov", "B.mp4")
-    assert triples(scan(tmp_path)) == [("B.mp4", "", ""), ("a.mov", "", ""), ("b.mp4", "", "")]
-    tree(tmp_path, "run/c.mp4")
-    assert triples(scan(tmp_path))[-1] == ("run/c.mp4", "run", "")
-    assert scan(tmp_path).label_numbers.tolist() == [-1, -1, -1, 0]
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        (
+            ("run/b.AVI", "run/deep/er/a.mp4", "jump, high/c (1)!.webm", "jump, high/notes.txt", "empty/readme"),
+            [("jump, high/c (1)!.webm", "jump, high"), ("run/b.AVI", "run"), ("run/deep/er/a.mp4", "run")],
+        ),
+        (("b.mp4", "a.mov", "B.mp4"), [("B.mp4", ""), ("a.mov", ""), ("b.mp4", "")]),
+        (("b.mp4", "run/c.mp4"), [("b.mp4", ""), ("run/c.mp4", "run")]),
+        # One folder of another name: train, val and test are then classes like it.
+        (
+            ("train/run/a.mp4", "val/a.mp4", "test/a.mp4", "walk/a.mp4"),
+            [("test/a.mp4", "test"), ("train/run/a.mp4", "train"), ("val/a.mp4", "val"), ("walk/a.mp4", "walk")],
+        ),
+        # What is no video, whatever its name.
+        (("._v.avi", ".trash/v.avi", "avi", "v.avi.part", "v.csv", "f.avi/real.mp4"), [("f.avi/real.mp4", "f.avi")]),
+    ],
+)
+def test_scan_labels_by_folders(files: tuple[str, ...], expected: list[tuple[str, str]], tmp_path: Path) -> None:
+    assert triples(scan(tree(tmp_path, *files))) == [(*found, "") for found in expected]
+    assert set(scan(tmp_path, labels=False).labels) == {""}
 
 
 def test_scan_subset_folders(tmp_path: Path) -> None:
@@ -61,15 +61,6 @@ def test_scan_subset_folders(tmp_path: Path) -> None:
         ("val/run/a.mp4", "run", "val"),
     ]
     assert scan(tmp_path, labels=False).labels == ("",) * 5
-    tree(tmp_path, "walk/f.mp4")  # one folder of another name: train, val and test are then classes like it
-    assert set(scan(tmp_path).subsets) == {""}
-    assert scan(tmp_path).classes == ("test", "train", "val", "walk")
-
-
-def test_scan_takes_every_extension_and_skips_hidden_files(tmp_path: Path) -> None:
-    tree(tmp_path, *(f"v{extension.upper()}" for extension in VIDEO_EXTENSIONS))
-    tree(tmp_path, "._v.avi", ".trash/v.avi", "avi", "v.avi.part", "v.csv", "folder.avi/real.mp4")
-    assert set(scan(tmp_path).paths) == {f"v{e.upper()}" for e in VIDEO_EXTENSIONS} | {"folder.avi/real.mp4"}
 
 
 def test_scan_follows_links_but_not_in_circles(tmp_path: Path) -> None:
@@ -226,22 +217,3 @@ def test_kinetics_refuses_what_matches_nothing(tmp_path: Path) -> None:
         kinetics.scan(folder)
     with pytest.raises(ValueError, match="no rows below the header"):
         kinetics.scan(folder, annotated(tmp_path))
-    with pytest.raises(ValueError, match="line 1: column 'label' is missing"):
-        kinetics.scan(folder, annotated(tmp_path, "aaaaaaaaaaa,1,11", header="youtube_id,time_start,time_end"))
-
-
-@needs_official_lists
-def test_kinetics_official_validation_list(tmp_path: Path) -> None:
-    annotations = OFFICIAL / "kinetics400" / "kinetics-400_val.csv"
-    with annotations.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    kept = rows[::100]
-    folder = tree(
-        tmp_path,
-        *(f"{r['label']}/{r['youtube_id']}_{int(r['time_start']):06d}_{int(r['time_end']):06d}.mp4" for r in kept),
-    )
-    found = kinetics.scan(folder, annotations)
-    assert Counter(found.manifest.labels) == Counter(row["label"] for row in kept)
-    assert all(path.split("/")[0] == label for path, label in zip(found.manifest.paths, found.manifest.labels))
-    assert len(found.missing) == 19906 - len(kept)
-    assert not found.unannotated and not found.copies and set(found.manifest.subsets) == {"val"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -14,17 +16,18 @@ import av
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import make_shards, panned, write_video
+from conftest import ROOT, make_shards, one_thread, panned, write_video
 from mvextractor.videocap import VideoCap
 from PIL import Image
 
 from preprocess import codec, encode, extract
+from preprocess.manifest import Manifest
 from preprocess.shards import INTRA, Settings, ShardSet
 from preprocess.writer import Spool
 
 SMALL = Settings(width=128, height=96, frame_width=96, frame_height=64)
-CLIPS = ("RATRACE", "TrumanShow", "Golf_Tips", "v_SoccerJuggling", "WUzgd7C1pWA")
-COMPARED_FRAMES = 60
+CLIPS = ("RATRACE", "v_SoccerJuggling", "WUzgd7C1pWA")  # of HMDB51, UCF101 and Kinetics
+COMPARED_FRAMES = 30
 
 
 def alive() -> None:
@@ -46,15 +49,6 @@ def stream_of(packets: list[av.Packet], path: Path, settings: Settings) -> Path:
     return path
 
 
-def side_data(stream: Path) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Frame type and motion vectors as PyAV exports them from a file, frame by frame."""
-    with av.open(str(stream)) as container:
-        container.streams.video[0].codec_context.options = {"flags2": "+export_mvs"}
-        for frame in container.decode(video=0):
-            data = frame.side_data.get("MOTION_VECTORS")
-            yield av.video.frame.PictureType(frame.pict_type).name, None if data is None else data.to_ndarray()
-
-
 def naive_grid(vectors: np.ndarray, rows: int, cols: int) -> np.ndarray:
     """The motion grid from mvextractor's columns, vector by vector, in plain arithmetic: where content went."""
     cells = np.full((rows, cols, 2), INTRA, np.int64)
@@ -66,32 +60,21 @@ def naive_grid(vectors: np.ndarray, rows: int, cols: int) -> np.ndarray:
     return cells
 
 
-def motion(packets: list[av.Packet], settings: Settings) -> np.ndarray:
-    """The grids of all frames, as stage 1 makes them: (T, rows, cols, 2)."""
-    return np.concatenate([group.motion for group in extract.groups(packets, settings)])
-
-
 def compare_motion(source: Path, folder: Path, settings: Settings) -> int:
-    """Hold stage 1 against mvextractor, and that against PyAV's own array; returns how many vectors were compared."""
-    packets = encoded(source, settings)
-    grids = motion(packets, settings)
+    """Hold stage 1 against mvextractor; returns how many vectors were compared."""
+    packets = [*islice(encode.packets(str(source), settings, encode.Source()), COMPARED_FRAMES)]
+    grids = np.concatenate([group.motion for group in extract.groups(packets, settings)])  # (T, rows, cols, 2)
     assert len(grids) == len(packets) and grids.dtype == np.int16
     stream = stream_of(packets, folder / "encoded.m4v", settings)
     capture = VideoCap()
     capture.set_decode_frames(False)
     assert capture.open(str(stream))
-    compared = frames = 0
-    for kind, expected in islice(side_data(stream), COMPARED_FRAMES):
-        ok, _, raw, raw_kind = capture.read()
-        assert ok and kind == raw_kind == ("P" if frames % settings.gop else "I")
-        assert len(raw) == (0 if expected is None else len(expected))
-        if expected is not None:
-            names = ["source", "w", "h", "src_x", "src_y", "dst_x", "dst_y", "motion_x", "motion_y", "motion_scale"]
-            np.testing.assert_array_equal(raw, np.stack([expected[n].astype(np.int64) for n in names], axis=1))
-        np.testing.assert_array_equal(grids[frames], naive_grid(raw, *settings.grid))
-        compared += len(raw)
-        frames += 1
-    assert frames == min(COMPARED_FRAMES, len(packets))
+    compared = 0
+    for frame, grid in enumerate(grids):
+        ok, _, vectors, kind = capture.read()
+        assert ok and kind == ("P" if frame % settings.gop else "I")
+        np.testing.assert_array_equal(grid, naive_grid(vectors, *settings.grid))
+        compared += len(vectors)
     return compared
 
 
@@ -100,7 +83,7 @@ def test_motion_equals_what_another_reader_finds_on_real_clips(
     name: str, real_clips: list[Path], tmp_path: Path
 ) -> None:
     clip = next(c for c in real_clips if c.name.startswith(name))
-    assert compare_motion(clip, tmp_path, Settings()) > 5000
+    assert compare_motion(clip, tmp_path, Settings()) > 4000
 
 
 def test_motion_equals_what_another_reader_finds_on_a_moving_sprite(tmp_path: Path) -> None:
@@ -120,15 +103,6 @@ def test_a_panned_texture_yields_exactly_its_motion(panned_shards: ShardSet) -> 
         assert len(motion) == end - start - -(-(end - start) // 12)
         interior = motion[:, 1:-1, 1:-2]  # the border shows content that was not in the frame before
         assert (interior == (12, -8)).all()
-
-
-def test_iframes_sit_at_every_twelfth_frame_of_every_real_clip(real_shards: ShardSet, real_clips: list[Path]) -> None:
-    assert not real_shards.failed and len(real_shards) == len(real_clips)
-    for video in range(len(real_shards)):
-        shard, index = real_shards.locate(video)
-        start, end = shard.frame_offset[index : index + 2]
-        inside = shard.iframe_frame[(shard.iframe_frame >= start) & (shard.iframe_frame < end)] - start
-        assert inside.tolist() == [t for t in range(end - start) if t % 12 == 0]
 
 
 # ---- what the encoder was told, read back from the bits of the stream (ISO/IEC 14496-2)
@@ -153,7 +127,7 @@ def vop(packet: av.Packet) -> tuple[str, int]:
     return kind, take(5)
 
 
-@pytest.mark.parametrize("quantiser", [2, 8, 31])
+@pytest.mark.parametrize("quantiser", [2, 31])
 def test_every_picture_has_the_quantiser_that_was_asked_for(quantiser: int, tmp_path: Path) -> None:
     source = write_video(tmp_path / "a.mp4", panned(26, height=96, width=128))
     found = [vop(p) for p in encoded(source, replace(SMALL, quantiser=quantiser))]
@@ -195,6 +169,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_stored_frames_look_like_the_source(real_shards: ShardSet, real_clips: list[Path]) -> None:
+    assert not real_shards.failed and len(real_shards) == len(real_clips)
     for clip, video in zip(real_clips, range(len(real_shards))):
         shard, index = real_shards.locate(video)
         start, count = shard.frame_offset[index], int(np.diff(shard.frame_offset)[index])
@@ -298,11 +273,9 @@ def test_the_same_bytes_whatever_workers_and_root(tmp_path: Path, monkeypatch: p
     assert sorted(expected) == ["failures.csv"] + [
         f"shard-0000{n}.h5{end}" for n in range(3) for end in ("", ".sha256")
     ]
-    two = make_shards(tmp_path / "two", tmp_path / "b/root", names, list("ababab"), workers=2, **options)
+    monkeypatch.chdir(tmp_path / "b/root")
+    two = make_shards(tmp_path / "two", Path("."), names, list("ababab"), workers=2, **options)
     assert files(tmp_path / "two/shards") == expected
-    monkeypatch.chdir(tmp_path / "a")
-    make_shards(tmp_path / "three", Path("."), names, list("ababab"), **options)
-    assert files(tmp_path / "three/shards") == expected
     assert two.paths == [n for n in names if "words" not in n and "missing" not in n]
     assert [f.path for f in two.failed] == ["deep/words.mp4", "missing.mp4"]
     assert not any(str(tmp_path).encode() in data for data in expected.values())
@@ -321,11 +294,6 @@ def test_neither_encoding_nor_reading_starts_threads(tmp_path: Path, monkeypatch
         monkeypatch.setattr(module, name, lambda *a, real=real: (real(*a), seen.append(threads()))[0])
     codec.convert(str(source), Spool(tmp_path), SMALL, alive)
     assert seen == [before] * 6  # five frames scaled, one group read
-    capture = VideoCap()  # what a reader does that is not told otherwise
-    stream = stream_of(encoded(source, SMALL), tmp_path / "encoded.m4v", SMALL)
-    assert capture.open(str(stream)) and capture.read()[0]
-    assert threads() > before
-    capture.release()
 
 
 def test_a_broken_group_of_pictures_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,9 +315,8 @@ VECTOR = {"source": -1, "w": 16, "h": 16, "dst_x": 24, "dst_y": 24, "motion_scal
 @pytest.mark.parametrize(
     "field, value, words",
     [
-        *(("source", 1, "half-pixel, 16x16"), ("source", -2, "half-pixel, 16x16"), ("w", 8, "half-pixel, 16x16")),
-        *(("h", 8, "half-pixel, 16x16"), ("motion_scale", 4, "half-pixel, 16x16")),
-        *(("dst_x", 136, "invalid entry"), ("dst_y", -8, "invalid entry")),
+        *(("source", -2, "half-pixel, 16x16"), ("w", 8, "half-pixel, 16x16"), ("h", 8, "half-pixel, 16x16")),
+        *(("motion_scale", 4, "half-pixel, 16x16"), ("dst_x", 136, "invalid entry"), ("dst_y", -8, "invalid entry")),
     ],
 )
 def test_vectors_our_encoder_does_not_make_are_refused(field: str, value: int, words: str) -> None:
@@ -362,3 +329,54 @@ def test_vectors_our_encoder_does_not_make_are_refused(field: str, value: int, w
     vector[field] = value
     with pytest.raises(ValueError, match=words):
         extract.grids([vector.tobytes()], SMALL)
+
+
+# ---- what it holds in memory
+
+FEW, MANY = 4, 30
+SLACK = 4e6  # bytes; the larger shard is several times that larger
+STAGE_1 = """
+import json, sys
+from pathlib import Path
+from preprocess import codec, pipeline
+from preprocess.shards import Settings
+
+def peak(process):
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+peaks, close = {}, codec.Codec.close
+
+def note_and_close(self):
+    if self._child and not self._closed:
+        peaks["codec"] = peak(self._child.pid)
+    close(self)
+
+codec.Codec.close = note_and_close
+folder, settings = Path(sys.argv[1]), Settings(jpeg_quality=100)
+assert not pipeline.run(folder / "manifest.csv", folder, folder / "shards", settings).failures
+peaks["worker"] = peak("self")
+peaks["shard"] = (folder / "shards/shard-00000.h5").stat().st_size
+print(json.dumps(peaks))
+"""
+
+
+def peaks(folder: Path, video: Path, count: int) -> dict[str, int]:
+    """Peak memory of worker and decoder, and the size of the one shard, for a video under so many names."""
+    names = tuple(f"{k}.mp4" for k in range(count))
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to(video)
+    Manifest(names, ("",) * count, ("",) * count).write(folder / "manifest.csv")
+    command = [sys.executable, "-c", STAGE_1, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_memory_does_not_grow_with_the_number_of_videos(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "video.mp4", panned(26))
+    few, many = (peaks(tmp_path / str(count), video, count) for count in (FEW, MANY))
+    assert many["shard"] - few["shard"] > 5 * SLACK
+    for process in "worker", "codec":
+        assert abs(many[process] - few[process]) < SLACK, (process, few, many)

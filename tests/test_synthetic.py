@@ -29,19 +29,6 @@ def grey(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float64).mean(-1)
 
 
-def seen_displacement(before: np.ndarray, after: np.ndarray, reach: int = 9) -> np.ndarray:
-    """The whole-pixel shift that explains best what changed between two frames: x, y."""
-    before, after = grey(before), grey(after)
-    rows, columns = (places[::3] for places in np.nonzero(np.abs(after - before) > 12))
-    height, width = after.shape
-    best = (math.inf, 0, 0)
-    for dy in range(-reach, reach + 1):
-        for dx in range(-reach, reach + 1):
-            moved = before[(rows - dy) % height, (columns - dx) % width]
-            best = min(best, (float(np.abs(after[rows, columns] - moved).mean()), dx, dy))
-    return np.array(best[1:])
-
-
 def from_sprites(scene: Scene, frame: int) -> np.ndarray:
     """How far each pixel is from the nearest sprite's centre, around the edges: (H, W)."""
     width, height = scene.scenes.width, scene.scenes.height
@@ -63,6 +50,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@settings(max_examples=30)
 @given(contexts=st.integers(1, 6), motions=st.integers(1, 6), train=st.integers(0, 4), test=st.integers(0, 4))
 @example(contexts=6, motions=6, train=8, test=10)
 def test_contexts_and_motions_are_crossed_in_equal_numbers(contexts: int, motions: int, train: int, test: int) -> None:
@@ -97,14 +85,17 @@ def test_pixels_are_a_function_of_seed_subset_and_index() -> None:
 # --- nothing gives the motion away -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=10, deadline=None)
-@given(index=st.integers(0, 10_000), context=st.sampled_from(list(CONTEXTS)))
-def test_the_first_frame_is_the_same_whatever_the_motion(index: int, context: str) -> None:
-    firsts = [render(Scene(replace(SMALL, frames=2), "train", index, context, motion))[0] for motion in MOTIONS]
+def test_a_frame_tells_of_the_motion_only_where_sprites_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_each = [Scene(replace(SMALL, frames=4), "train", 5, "meadow", motion) for motion in MOTIONS]
+    firsts = [render(scene)[0] for scene in of_each]
     assert all(np.array_equal(first, firsts[0]) for first in firsts)
+    # Whatever way sprites came, a frame shows no more than where they are.
+    way = track(of_each[0])[:1] + np.array([[31, 5], [9, 20], [3, 3], [0, 0]])[:, None]  # (T, N, 2)
+    monkeypatch.setattr(synthetic, "track", lambda scene: way)
+    assert all(np.array_equal(render(scene)[-1], firsts[0]) for scene in of_each)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4)
 @given(index=st.integers(0, 10_000), motion=st.sampled_from(list(MOTIONS)))
 def test_sprites_and_their_way_are_the_same_whatever_the_context(index: int, motion: str) -> None:
     scenes = [Scene(SMALL, "test", index, context, motion) for context in CONTEXTS]
@@ -116,44 +107,7 @@ def test_sprites_and_their_way_are_the_same_whatever_the_context(index: int, mot
     assert not np.array_equal(frames[0], frames[1])
 
 
-def classified(features: np.ndarray, classes: np.ndarray, train: np.ndarray) -> list[float]:
-    """The accuracy on the rest of a nearest-centroid, a ridge and a nearest-neighbour classifier."""
-    features = (features - features[train].mean(0)) / features[train].std(0)
-    names = np.unique(classes)
-    centroids = np.stack([features[train & (classes == name)].mean(0) for name in names])
-    nearest = ((features[~train, None] - centroids) ** 2).sum(-1).argmin(1)
-    known, targets = features[train], (classes[train, None] == names) - 1 / len(names)
-    ridge = known.T @ np.linalg.solve(known @ known.T + 100 * np.eye(len(known)), targets)
-    neighbour = ((features[~train, None] - known) ** 2).sum(-1).argmin(1)
-    found = (names[nearest], names[(features[~train] @ ridge).argmax(1)], classes[train][neighbour])
-    return [float((guess == classes[~train]).mean()) for guess in found]
-
-
-def single_frames(specs: list[Scene]) -> np.ndarray:
-    """Brightness and contrast of 8x8 cells of each scene's last frame, then colours overall: (n, features)."""
-    late = np.stack([render(scene)[-1] for scene in specs]).astype(np.float64)
-    cells = late.reshape(len(specs), 10, 8, 12, 8, 3)
-    bright, contrast = cells.mean((2, 4, 5)).reshape(len(specs), -1), cells.std((2, 4)).mean(-1).reshape(len(specs), -1)
-    return np.concatenate([bright, contrast, late.mean((1, 2)), late.std((1, 2))], axis=1)
-
-
-def test_one_frame_does_not_tell_the_motion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "SPEED", (9, 14))
-    monkeypatch.setattr(synthetic, "SPRITE_SIZE", (24, 36))
-    specs = replace(SMALL, train=216, test=216, frames=4).specs()  # which move about half the frame in all
-    train = np.array([scene.subset == "train" for scene in specs])
-    contexts, motions = (np.array([getattr(scene, name) for scene in specs]) for name in ("context", "motion"))
-    # Chance is 1/6 of 216; four standard deviations of a binomial, beyond which chance takes one in 20,000.
-    bound = 1 / 6 + 4 * math.sqrt(1 / 6 * 5 / 6 / 216)
-    features = single_frames(specs)
-    assert max(classified(features, motions, train)) < bound
-    # The same classifiers tell the context, and the motion too where the sprites of all scenes start at one place.
-    assert min(classified(features, contexts, train)) > bound
-    monkeypatch.setattr(synthetic, "track", lambda scene: track(scene) - track(scene)[:1] + (48, 40))
-    assert min(classified(single_frames(specs), motions, train)) > bound
-
-
-@pytest.mark.parametrize("motion", MOTIONS)
+@pytest.mark.parametrize("motion", ["leftward", "clockwise"])
 def test_sprites_are_equally_likely_everywhere_in_every_frame(motion: str) -> None:
     scenes = Scenes()
     places = np.stack([track(Scene(scenes, "train", index, "dunes", motion)) for index in range(600)])  # (600, T, N, 2)
@@ -188,27 +142,12 @@ def test_steps_are_even_and_turn_as_the_motion_says(seed: int, index: int, motio
         assert 16 <= length[0] / abs(turned[0]) <= 24
 
 
-@pytest.mark.parametrize("motion", ["clockwise", "anticlockwise"])
-def test_turning_sprites_set_out_in_every_direction(motion: str) -> None:
-    steps = np.stack([np.diff(track(Scene(SMALL, "train", i, "dunes", motion))[:2, 0], axis=0)[0] for i in range(400)])
+def test_turning_sprites_set_out_in_every_direction() -> None:
+    scenes = [Scene(replace(SMALL, frames=2), "train", index, "dunes", "clockwise") for index in range(400)]
+    steps = np.stack([np.diff(track(scene)[:, 0], axis=0)[0] for scene in scenes])
     counts = np.histogram(np.arctan2(steps[:, 1], steps[:, 0]), bins=8, range=(-math.pi, math.pi))[0]
     # Chi-square with 7 degrees of freedom: 29.9 is exceeded once in 10,000.
     assert ((counts - 50) ** 2 / 50).sum() < 29.9
-
-
-@pytest.mark.parametrize("motion", MOTIONS)
-def test_the_pixels_move_as_labelled(motion: str) -> None:
-    """Read off the pixels alone, without the track."""
-    for number, context in enumerate(["dunes", "meadow", "rapids"]):
-        frames = render(Scene(Scenes(frames=23), "train", number, context, motion))
-        steps = np.stack([seen_displacement(frames[t], frames[t + 2]) for t in (0, 5, 10, 15, 20)]) / 2
-        assert all(1.4 < np.hypot(*step) < 4.6 for step in steps)
-        if motion in HEADINGS:
-            # 10 degrees of jitter and the rounding of shifts to whole pixels
-            assert all(step @ HEADINGS[motion] > 0.9 * np.hypot(*step) for step in steps)
-        else:
-            turns = steps[:-1, 0] * steps[1:, 1] - steps[:-1, 1] * steps[1:, 0]
-            assert np.all((turns > 0) == (motion == "clockwise"))
 
 
 def test_only_sprites_move() -> None:
@@ -242,7 +181,7 @@ def test_an_mpeg4_encoder_finds_the_motion(tmp_path: Path) -> None:
     assert total > 200 and right / total > 0.95
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10)
 @given(index=st.integers(0, 9999))
 def test_sprites_are_whole_and_as_large_as_said(index: int) -> None:
     for sprite in sprites(Scene(SMALL, "train", index, "dunes", "upward")):
@@ -319,13 +258,6 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         write(tmp_path, scenes)
     before.pop("scenes.json")
     assert digests(tmp_path) == before
-
-
-def test_mpeg4_stands_in_for_h264(tmp_path: Path) -> None:
-    frames = render(SMALL.specs()[3])
-    film(tmp_path / "scene.mp4", frames, Fraction(25), "mpeg4")
-    back = decode(tmp_path / "scene.mp4")
-    assert back.shape == frames.shape and np.abs(grey(back) - grey(frames)).mean() < 3
 
 
 @pytest.mark.parametrize(
