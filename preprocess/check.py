@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from preprocess.shards import INTRA, Shard, ShardSet, checksum_path, file_sha256, flow_path, shard_paths
+from preprocess.shards import INTRA, SCHEMA, Shard, ShardSet, checksum_path, file_sha256, flow_path, shard_paths
 
 ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
 END_OF_IMAGE = (0xFF, 0xD9)  # the marker that a whole JPEG ends with
@@ -50,7 +50,12 @@ def file_problems(path: Path) -> list[str]:
 
 
 def content_problems(shard: Shard) -> list[str]:
-    """What is wrong with a shard's contents: rows, groups of pictures, motion on I-frames, JPEGs. Empty if sound."""
+    """What is wrong with a shard's contents: rows, groups of pictures, motion on I-frames, JPEGs. Empty if sound.
+
+    Raises ValueError where a column cannot be read.
+    """
+    for name in SCHEMA:
+        shard[name]  # a column is looked at when it is first read; ValueError where it points to what is not there
     settings, iframes, problems = shard.settings, shard.iframe_frame, []
     rows = np.sort(np.concatenate([shard.row, shard["failed/row"]]))
     if not np.array_equal(rows, np.arange(shard.first_row, shard.first_row + shard.rows)):

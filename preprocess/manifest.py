@@ -18,8 +18,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -73,8 +73,7 @@ class Manifest:
         That is the official order of UCF101, HMDB51 and Kinetics-400. Names that differ in case only follow each
         other in code point order, so that the order never depends on the run.
         """
-        names = ({*self.labels} | {*self.known_classes}) - {""}
-        return tuple(sorted(names, key=lambda name: (name.casefold(), name)))
+        return in_order(({*self.labels} | {*self.known_classes}) - {""})
 
     @cached_property
     def label_numbers(self) -> np.ndarray:
@@ -91,6 +90,11 @@ class Manifest:
         for row in zip(self.paths, self.labels, self.subsets):
             digest.update(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
         return digest.hexdigest()
+
+    @cached_property
+    def videos_sha256(self) -> str:
+        """Hex digest over paths and labels in their order, which is what shards are made from: without the subsets."""
+        return replace(self, subsets=("",) * len(self)).sha256
 
     def subset(self, name: str) -> Manifest:
         """The rows of one subset, in order, class numbers unchanged; ValueError where there is none."""
@@ -146,6 +150,11 @@ class Manifest:
         writer.writerow(COLUMNS)
         writer.writerows(zip(self.paths, self.labels, self.subsets))
         write_text(Path(path), text.getvalue())
+
+
+def in_order(classes: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in the order of their numbers."""
+    return tuple(sorted(classes, key=lambda name: (name.casefold(), name)))
 
 
 def dataset_name(path: StrPath) -> str:
