@@ -140,6 +140,11 @@ class Manifest:
         Raises ValueError, naming the file and the line, for what the class refuses and for bytes that are not UTF-8,
         a missing, doubled or unknown column, rows of another length, and quotes that do not close.
         """
+        if Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a folder, not a manifest of one: make that with python -m preprocess manifest {path} --out "
+                "videos.csv"
+            )
         lines, rows = read_csv(path, COLUMNS)
         return from_rows(rows, str(path), lambda row: f"{path}, line {lines[row]}")
 
@@ -173,7 +178,8 @@ def scan(folder: StrPath, labels: bool = True) -> Manifest:
     links are followed. Its label is the name of the first folder under `folder` that holds it, and empty for a video
     that lies directly in `folder` (so a flat folder has no labels). Where every first-level folder that holds videos
     is called train, val or test, that is the subset, and the label is the second-level folder; otherwise the subset
-    is empty. `labels=False` leaves every label empty, for folders that are not classes.
+    is empty. A folder whose name is a number, 7, is the class class_7. `labels=False` leaves every label empty, for
+    folders that are not classes.
 
     Raises ValueError where `folder` is no folder or holds no video, or a name cannot stand in a manifest; OSError
     where a folder cannot be listed.
@@ -185,7 +191,8 @@ def scan(folder: StrPath, labels: bool = True) -> Manifest:
     for path in paths:
         *folders, _ = path.split("/")
         subset = folders.pop(0) if by_subset and folders else ""
-        rows.append((path, folders[0] if labels and folders else "", subset))
+        label = folders[0] if labels and folders else ""
+        rows.append((path, f"class_{label}" if _NUMBER.fullmatch(label) else label, subset))
     return from_rows(rows, str(folder), lambda row: f"{folder}: video {paths[row]!r}")
 
 

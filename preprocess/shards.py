@@ -64,6 +64,7 @@ VERSION, FLOW_VERSION = 1, 1
 MACROBLOCK = 16
 QUARTERS = 4  # motion is stored in quarter pixels
 INTRA = -32768
+JOURNAL = "journal"
 COPY_BYTES = 1 << 20  # what fits into a core's cache is copied and hashed faster than what does not
 
 SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
@@ -196,6 +197,11 @@ def flow_path(shard: Path) -> Path:
 def checksum_path(file: Path) -> Path:
     """Where the SHA-256 of a file lies, in the form of the tool sha256sum."""
     return file.with_name(file.name + ".sha256")
+
+
+def work_path(target: Path) -> Path:
+    """Where a shard, or the optical flow of one, is in the making, with a JOURNAL of the videos that are finished."""
+    return target.with_name(f".{target.name}.work")
 
 
 def _unpack(data: np.ndarray, offset: np.ndarray) -> list[str]:
