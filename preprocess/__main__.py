@@ -32,13 +32,17 @@ def run(
     videos_per_shard: int = 128,
     part: str = "1/1",
     retry_failed: bool = False,
+    max_failures: int = 0,
     time_limit: float = 600.0,
     reader: Literal["pyav", "mvextractor"] = "pyav",
+    spool: Path | None = None,
+    dry_run: bool = False,
 ) -> int:
     """Re-encode the videos of a manifest with a fixed GOP and store frames, I-frames and motion vectors in shards.
 
-    Re-running finishes what is missing. Ends with status 0 when every video is stored, 3 when some failed
-    (OUT/failures.csv says which and why).
+    Re-running finishes what is missing, within a shard too; rows that were appended to the manifest are added. Ends
+    with status 0 when every video is stored, 3 when more than --max-failures are not (OUT/failures.csv says which and
+    why).
 
     Args:
         manifest: CSV with the columns path,label,subset; see data_manifests/ and the verb `manifest`.
@@ -46,14 +50,20 @@ def run(
         out: Folder for the shards.
         workers: Processes on this machine; each keeps one core busy.
         backend: Where shards are made: processes of this machine, or the workers of a running Dask cluster.
-        scheduler: Address of the cluster's scheduler, such as tcp://node1:8786; its workers must see the same folders.
+        scheduler: Address of the cluster's scheduler, such as tcp://node1:8786, or the .json file that it writes; its
+            workers must see the same folders.
         settings: How to encode and store; part of every shard.
         videos_per_shard: Manifest rows a shard; the unit of work and of restart.
         part: i/n makes every n-th shard only, for a job array on a shared file system: 1/16 … 16/16.
-        retry_failed: Make shards anew that hold failed videos.
+        retry_failed: Try the failed videos of finished shards again; the others are kept.
+        max_failures: So many videos may fail without status 3, for jobs that begin after this one (afterok).
         time_limit: Seconds without progress, which is twelve frames, before a video's decoder is replaced.
         reader: What reads the motion vectors: PyAV, in the decode that gives the pictures, or mvextractor, in one of
             its own (Linux on x86-64). The bytes are the same.
+        spool: Folder on a local disk for what becomes a shard, which otherwise lies beside the shards: it takes as much
+            as a shard for each worker, and half of all that is written. Each job must get the same one again to go on
+            within a shard.
+        dry_run: Only say what there is to do, and what room it takes.
     """
     from preprocess import pipeline
 
@@ -73,18 +83,25 @@ def run(
         retry_failed=retry_failed,
         time_limit=time_limit,
         reader=reader,
+        spool=spool,
+        dry_run=dry_run,
     )
+    if summary is None:
+        return DONE
     pipeline.report(summary, out)
-    return WITH_FAILURES if summary.failures else DONE
+    return WITH_FAILURES if len(summary.failures) > max_failures else DONE
 
 
 def manifest(
     folder: tyro.conf.Positional[Path],
     out: Path,
+    labels: bool = True,
     test_share: float = 0.0,
     seed: int = 0,
 ) -> int:
     """Write a manifest of the videos in a folder; classes are folder names, or none where the folder is flat.
+
+    A folder called 7 is the class class_7: labels are names, since numbers follow from their order.
 
     Training takes the rows of subset train, evaluation compares test with train: folders called train, val and test
     above the classes say which is which, or --test-share does, or you fill in the column by hand. For Kinetics and its
@@ -93,13 +110,14 @@ def manifest(
     Args:
         folder: Folder to search for videos.
         out: CSV to write.
+        labels: Whether folders are classes.
         test_share: Share of each class that is drawn as its test videos, the others for training. Clips cut from one
             recording belong on one side: then fill in the column by hand.
         seed: Which random draw.
     """
     from preprocess import manifest as manifests
 
-    table = manifests.scan(folder)
+    table = manifests.scan(folder, labels)
     if test_share:
         table = table.divided(test_share, seed)
     table.write(out)

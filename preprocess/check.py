@@ -15,7 +15,18 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from preprocess.shards import INTRA, Shard, ShardSet, checksum_path, file_sha256, flow_path, shard_paths
+from preprocess.shards import (
+    INTRA,
+    JOURNAL,
+    SCHEMA,
+    Shard,
+    ShardSet,
+    checksum_path,
+    file_sha256,
+    flow_path,
+    shard_paths,
+    work_path,
+)
 
 ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
 END_OF_IMAGE = (0xFF, 0xD9)  # the marker that a whole JPEG ends with
@@ -38,19 +49,24 @@ def problems(folder: Path, workers: int = 1) -> list[str]:
 
 def file_problems(path: Path) -> list[str]:
     """Everything wrong with one shard and the optical flow beside it: checksums, then, if it can be read, contents."""
-    found = _checksum_problems(path)
+    found = checksum_problems(path)
     try:
         shard = Shard(path)
         found += content_problems(shard)
         if flow_path(path).exists() and not found:
-            found += _checksum_problems(flow_path(path)) + flow_problems(shard)
+            found += checksum_problems(flow_path(path)) + flow_problems(shard)
     except ValueError as error:
         found.append(str(error))
     return found
 
 
 def content_problems(shard: Shard) -> list[str]:
-    """What is wrong with a shard's contents: rows, groups of pictures, motion on I-frames, JPEGs. Empty if sound."""
+    """What is wrong with a shard's contents: rows, groups of pictures, motion on I-frames, JPEGs. Empty if sound.
+
+    Raises ValueError where a column cannot be read.
+    """
+    for name in SCHEMA:
+        shard[name]  # a column is looked at when it is first read; ValueError where it points to what is not there
     settings, iframes, problems = shard.settings, shard.iframe_frame, []
     rows = np.sort(np.concatenate([shard.row, shard["failed/row"]]))
     if not np.array_equal(rows, np.arange(shard.first_row, shard.first_row + shard.rows)):
@@ -79,7 +95,8 @@ def flow_problems(shard: Shard) -> list[str]:
     return [f"{flow_path(shard.path)}: {p}" for p in problems]
 
 
-def _checksum_problems(path: Path) -> list[str]:
+def checksum_problems(path: Path) -> list[str]:
+    """Whether a shard, or the optical flow of one, is still what was written."""
     sidecar = checksum_path(path)
     if not sidecar.exists():
         return [f"{path}: {sidecar.name} is missing"]
@@ -119,26 +136,40 @@ def _some(shard: Shard, start: int, end: int) -> Iterator[slice]:
 
 
 def describe(folder: Path) -> str:
-    """What a set of shards holds, as lines of text."""
-    shards = ShardSet(folder)
+    """What a set of shards holds, as lines of text; of one that is not finished, what there is of it."""
+    shards, begun = (
+        [Shard(path) for path in shard_paths(folder)],
+        list(folder.glob(work_path(Path("shard-*[0-9].h5")).name)),
+    )
+    if not shards and not begun:
+        raise ValueError(f"{folder} holds no shards (shard-*.h5): make them with python -m preprocess run")
+    journals = [path.read_bytes() for work in begun for path in work.glob(JOURNAL)]
+    finished = sum(max(0, text.count(b"\n") - 1) for text in journals)
+    lines = [f"begun     {len(begun)} more, with {finished} videos finished"] if begun else []
+    if not shards:
+        return "\n".join(["shards    none finished", *lines])
     seconds = 0.0
-    for shard in shards.shards:
+    for shard in shards:
         known = shard.fps > 0
         seconds += float(np.diff(shard.frame_offset)[known] @ (1 / shard.fps[known]))
-    size = sum(s.path.stat().st_size for s in shards.shards)
-    errors = sum(int(s.decode_errors.sum()) for s in shards.shards)
-    flows = sum(flow_path(s.path).exists() for s in shards.shards)
-    s = shards.settings
+    size, frames = sum(s.path.stat().st_size for s in shards), sum(len(s.motion) for s in shards)
+    errors = sum(int(s.decode_errors.sum()) for s in shards)
+    flows = sum(flow_path(s.path).exists() for s in shards)
+    failed = sum(len(s["failed/row"]) for s in shards)
+    newest = max((s.origin for s in shards), key=lambda origin: origin.shards)
+    of = "" if newest.shards == len(shards) else f" of {newest.shards}"
+    s = shards[0].settings
     return "\n".join(
         [
-            f"shards    {len(shards.shards)} files, {size / 1e9:.2f} GB",
-            f"videos    {len(shards)}, {seconds / 3600:.2f} hours; {len(shards.failed)} failed",
-            f"frames    {int(shards.frames.sum())}, {s.frame_width}x{s.frame_height}, JPEG quality {s.jpeg_quality}",
+            f"shards    {len(shards)}{of} files, {size / 1e9:.2f} GB",
+            *lines,
+            f"videos    {sum(map(len, shards))}, {seconds / 3600:.2f} hours; {failed} failed",
+            f"frames    {frames}, {s.frame_width}x{s.frame_height}, JPEG quality {s.jpeg_quality}",
             f"I-frames  every {s.gop} frames, {s.width}x{s.height}, quantiser {s.quantiser}",
             f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame; optical flow of {flows} shards",
             f"damaged   {errors} packets of the sources did not decode, or not wholly",
-            f"classes   {len(shards.classes)}: {', '.join([*shards.classes[:8], *['…'][: len(shards.classes) - 8]])}",
-            f"manifest  sha256 {shards.origin.manifest_sha256}",
-            f"versions  {', '.join(f'{k} {v}' for k, v in shards.origin.versions.items())}",
+            f"classes   {len(newest.classes)}: {', '.join([*newest.classes[:8], *['…'][: len(newest.classes) - 8]])}",
+            f"manifest  sha256 {newest.manifest_sha256} (of its paths and labels)",
+            f"versions  {', '.join(f'{k} {v}' for k, v in newest.versions.items())}",
         ]
     )

@@ -8,18 +8,22 @@ proportion, but would lose the slow and small motion that flow is there to show.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
 from preprocess.codec import Codec, CodecError, plain, spread
+from preprocess.command import say
 from preprocess.encode import pixels
 from preprocess.pipeline import Progress, library_versions
 from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings, Shard, ShardSet, flow_path
-from preprocess.writer import working, write_flow
+from preprocess.writer import Busy, working, write_flow
 
 LIBRARIES = ("av", "numpy", "scikit-image", "scipy")
 ATTACHMENT = 15  # lambda: the smaller, the smoother
@@ -46,11 +50,16 @@ def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0)
     todo = [shard for shard in shards if not _has_flow(shard)]
     with Progress(sum(map(len, todo))) as progress:
 
-        def make(shard: Shard, codec: Codec) -> Path:
-            return make_flow(shard, videos.absolute(), versions, time_limit, codec, progress)
+        def make(shard: Shard, codec: Codec) -> Path | None:
+            try:
+                return make_flow(shard, videos.absolute(), versions, time_limit, codec, progress)
+            except Busy as busy:
+                say(f"{busy}: left to it")
+                progress.skip(len(shard))
+                return None
 
-        spread(make, todo, workers)
-    return len(todo), len(shards) - len(todo)
+        made = [path for path in spread(make, todo, workers) if path]
+    return len(made), len(shards) - len(todo)
 
 
 def _has_flow(shard: Shard) -> bool:
@@ -62,21 +71,29 @@ def make_flow(
     shard: Shard, videos: Path, versions: dict[str, str], time_limit: float, codec: Codec, progress: Progress
 ) -> Path:
     """The flow of one shard, from its videos encoded again. Raises ValueError where they are not those it holds."""
-    with working(flow_path(shard.path), ("flow",)) as spool:
+
+    def compute(path: str, held: int) -> dict[str, Any]:
+        source = videos / path
+        try:
+            answer = codec.run("flow", source, journal.spool, shard.settings, time_limit)
+            frames = answer["frames"]
+            fault = "" if frames == held else f"it has {frames} frames, and the shard holds {held}"
+        except CodecError as error:
+            fault = plain(str(error), source, path)
+        if fault:
+            raise ValueError(
+                f"no optical flow of {source} for {shard.path}: {fault}. Give the videos that the shards were made "
+                "from as --videos"
+            )
+        progress.add(1, frames)
+        return answer
+
+    made_from = json.dumps([shard.sha256, versions], sort_keys=True)
+    with working(flow_path(shard.path), made_from, ("flow",)) as journal:
+        progress.skip(len(journal.kept))
         for path, held in zip(shard.paths, np.diff(shard.frame_offset).tolist()):
-            source = videos / path
-            try:
-                frames = codec.run("flow", source, spool, shard.settings, time_limit)["frames"]
-                fault = "" if frames == held else f"it has {frames} frames, and the shard holds {held}"
-            except CodecError as error:
-                fault = plain(str(error), source, path)
-            if fault:
-                raise ValueError(
-                    f"no optical flow of {source} for {shard.path}: {fault}. Give the videos that the shards were made "
-                    "from as --videos"
-                )
-            progress.add(1, frames)
-        return write_flow(shard, versions, spool)
+            journal.next(partial(compute, path, held))
+        return write_flow(shard, versions, journal.spool)
 
 
 def maps(pictures: Iterable[av.VideoFrame], settings: Settings) -> Iterator[np.ndarray]:

@@ -18,8 +18,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -73,8 +73,7 @@ class Manifest:
         That is the official order of UCF101, HMDB51 and Kinetics-400. Names that differ in case only follow each
         other in code point order, so that the order never depends on the run.
         """
-        names = ({*self.labels} | {*self.known_classes}) - {""}
-        return tuple(sorted(names, key=lambda name: (name.casefold(), name)))
+        return in_order(({*self.labels} | {*self.known_classes}) - {""})
 
     @cached_property
     def label_numbers(self) -> np.ndarray:
@@ -91,6 +90,11 @@ class Manifest:
         for row in zip(self.paths, self.labels, self.subsets):
             digest.update(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
         return digest.hexdigest()
+
+    @cached_property
+    def videos_sha256(self) -> str:
+        """Hex digest over paths and labels in their order, which is what shards are made from: without the subsets."""
+        return replace(self, subsets=("",) * len(self)).sha256
 
     def subset(self, name: str) -> Manifest:
         """The rows of one subset, in order, class numbers unchanged; ValueError where there is none."""
@@ -136,6 +140,11 @@ class Manifest:
         Raises ValueError, naming the file and the line, for what the class refuses and for bytes that are not UTF-8,
         a missing, doubled or unknown column, rows of another length, and quotes that do not close.
         """
+        if Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a folder, not a manifest of one: make that with python -m preprocess manifest {path} --out "
+                "videos.csv"
+            )
         lines, rows = read_csv(path, COLUMNS)
         return from_rows(rows, str(path), lambda row: f"{path}, line {lines[row]}")
 
@@ -146,6 +155,11 @@ class Manifest:
         writer.writerow(COLUMNS)
         writer.writerows(zip(self.paths, self.labels, self.subsets))
         write_text(Path(path), text.getvalue())
+
+
+def in_order(classes: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in the order of their numbers."""
+    return tuple(sorted(classes, key=lambda name: (name.casefold(), name)))
 
 
 def dataset_name(path: StrPath) -> str:
@@ -164,7 +178,8 @@ def scan(folder: StrPath, labels: bool = True) -> Manifest:
     links are followed. Its label is the name of the first folder under `folder` that holds it, and empty for a video
     that lies directly in `folder` (so a flat folder has no labels). Where every first-level folder that holds videos
     is called train, val or test, that is the subset, and the label is the second-level folder; otherwise the subset
-    is empty. `labels=False` leaves every label empty, for folders that are not classes.
+    is empty. A folder whose name is a number, 7, is the class class_7. `labels=False` leaves every label empty, for
+    folders that are not classes.
 
     Raises ValueError where `folder` is no folder or holds no video, or a name cannot stand in a manifest; OSError
     where a folder cannot be listed.
@@ -176,7 +191,8 @@ def scan(folder: StrPath, labels: bool = True) -> Manifest:
     for path in paths:
         *folders, _ = path.split("/")
         subset = folders.pop(0) if by_subset and folders else ""
-        rows.append((path, folders[0] if labels and folders else "", subset))
+        label = folders[0] if labels and folders else ""
+        rows.append((path, f"class_{label}" if _NUMBER.fullmatch(label) else label, subset))
     return from_rows(rows, str(folder), lambda row: f"{folder}: video {paths[row]!r}")
 
 

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import csv
-import fcntl
-import os
+import json
 import platform
+import re
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import av
 import numpy as np
 from tqdm import tqdm
 
+from preprocess import outlook
+from preprocess.check import checksum_problems
 from preprocess.codec import Codec, CodecError, Reader, plain, spread
+from preprocess.command import say
 from preprocess.files import replacing
 from preprocess.manifest import Manifest
 from preprocess.shards import Failure, Origin, Settings, Shard, shard_name, shard_paths
-from preprocess.writer import Spool, Video, working, write_shard
+from preprocess.writer import Busy, Journal, Spool, Video, copy_video, working, write_shard
 
 Backend = Literal["processes", "dask"]
 
-# Every library whose version can change a shard's bytes.
-LIBRARIES = ("av", "simplejpeg", "h5py", "numpy")
+# Every library whose version can change a shard's bytes, and those of FFmpeg, which decode, scale and encode.
+LIBRARIES = ("av", "simplejpeg", "h5py")
+FFMPEG = ("libavcodec", "libavformat", "libswscale")
 LOG_SECONDS = 60.0  # between lines of progress where there is no terminal for a bar
+SEEN_SECONDS = 90.0  # until a shard that was made on another machine is seen here: what NFS may keep from before
+REASONS = 20  # of failures, shown in the end
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,27 @@ class Task:
     origin: Origin
     time_limit: float
     reader: Reader = "pyav"
+    retry_failed: bool = False
+    scratch: Path | None = None
+    """Folder for the spool; None: beside the shard."""
+    witnesses: tuple[str, ...] = ()
+    """Paths of videos that were there when the run began."""
 
     @property
     def shard(self) -> Path:
         return self.out / shard_name(self.number)
 
+    @property
+    def made_from(self) -> str:
+        """What makes two tasks the same, in spite of rows that were appended for other shards."""
+        settings, versions = self.origin.settings.to_json(), self.origin.versions
+        return json.dumps([settings, versions, self.first_row, self.paths, self.labels], sort_keys=True)
+
 
 class Made(NamedTuple):
-    """What one finished task stored."""
+    """What one finished task added; no shard where nothing came to what it held."""
 
+    shards: int
     videos: int
     frames: int
     failures: int
@@ -69,10 +89,12 @@ class Summary:
     shards_made: int
     shards_skipped: int
     seconds: float
+    shards_left: int = 0
+    """Those that another process works on."""
 
 
 class Progress:
-    """A bar over the videos of all workers, or in a job's log a line a minute: how many, frames a second, failures."""
+    """A bar over the videos of all workers, or in a job's log a line a minute: how many, how fast, how long still."""
 
     def __init__(self, videos: int) -> None:
         self._bar = tqdm(total=videos, unit="video", disable=None, smoothing=0.05)
@@ -87,13 +109,20 @@ class Progress:
             self._frames += frames
             self._failures += failures
             now = time.monotonic()
-            how = f"{self._frames / (now - self._started):.0f} frames/s, {self._failures} failed"
-            if not self._bar.disable:
+            seconds = now - self._started
+            how = f"{self._frames / seconds:.0f} frames/s, {self._failures} failed"
+            if not self._bar.disable:  # it tells the time left by itself
                 self._bar.set_postfix_str(how, refresh=False)
                 self._bar.update(videos + failures)
             elif now - self._said >= LOG_SECONDS:
-                print(f"{self._videos} of {self._bar.total} videos, {how}", file=sys.stderr, flush=True)
+                left = outlook.duration(seconds * (self._bar.total - self._videos) / max(self._videos, 1))
+                print(f"{self._videos} of {self._bar.total} videos, {how}, {left} left", file=sys.stderr, flush=True)
                 self._said = now
+
+    def skip(self, videos: int) -> None:
+        """Expect so many fewer: an earlier attempt has made them, or another process does."""
+        with self._lock:
+            self._bar.total -= videos
 
     def __enter__(self) -> Progress:
         return self
@@ -116,12 +145,17 @@ def run(
     retry_failed: bool = False,
     time_limit: float = 600.0,
     reader: Reader = "pyav",
-) -> Summary:
+    spool: Path | None = None,
+    dry_run: bool = False,
+) -> Summary | None:
     """Make every shard of the manifest that is not there yet (or every `part`-th of them).
 
-    `backend` "dask" sends the shards to the cluster whose `scheduler` address is given; its workers must see the same
-    folders. Raises ValueError, before any work, where the folder holds shards of other settings, library versions or
-    another manifest, and RuntimeError where a worker is lost.
+    A shard whose rows were appended to, and with `retry_failed` one with failures, is made anew from what it holds and
+    the videos that it lacks. `backend` "dask" sends the shards to the cluster whose `scheduler` is named, by address or
+    by the file that it writes; its workers must see the same folders. A `dry_run` only says what would be done.
+
+    Raises ValueError, before any work, where the folder holds shards of other settings, library versions, paths or
+    labels, or most videos are not there; RuntimeError where a worker is lost, or the videos' folder.
     """
     started = time.monotonic()
     if (backend == "dask") != (scheduler is not None):
@@ -134,47 +168,78 @@ def run(
             "pip install '.[preprocess]', or leave the flag away (the bytes are the same)"
         )
     manifest = Manifest.read(manifest_path)
-    # A relative name could start like an address (news: today.avi), which FFmpeg would try to reach.
-    videos = videos.absolute()
+    # A relative name could start like an address (news: today.avi), which FFmpeg would try to reach; and it would name
+    # another folder on the workers of a cluster.
+    videos, out = videos.absolute(), out.absolute()
     if not videos.is_dir():
         raise ValueError(f"--videos {videos} is not a folder; it is what the manifest's paths are relative to")
-    tasks = plan(manifest, videos, out, settings, videos_per_shard, time_limit, reader)
-    out.mkdir(parents=True, exist_ok=True)
-    refuse_foreign(out, tasks)
+    tasks = plan(
+        manifest,
+        settings,
+        videos_per_shard,
+        videos=videos,
+        out=out,
+        time_limit=time_limit,
+        reader=reader,
+        retry_failed=retry_failed,
+        scratch=spool and spool.absolute(),
+    )
     index, parts = part
     if not 1 <= index <= parts:
         raise ValueError(f"--part {index}/{parts}: the first number runs from 1 to the second")
+    if not dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(out, tasks)
     mine = [t for t in tasks if t.number % parts == index - 1]
-    todo = [t for t in mine if _needed(t, retry_failed)]
-    with Progress(sum(len(t.paths) for t in todo)) as progress:
+    lacks = {t.number: lacking(t) for t in mine}
+    todo = [t for t in mine if lacks[t.number]]
+    if todo or dry_run:
+        witnesses = outlook.present(manifest, videos)
+        todo = [replace(t, witnesses=witnesses) for t in todo]
+        count = 0 if backend == "dask" else workers
+        outlook.tell(out, len(mine), len(todo), sum(lacks.values()), [videos / w for w in witnesses], settings, count)
+    if dry_run:
+        return None
+    with Progress(sum(lacks.values())) as progress:
         if backend == "dask":
             made = _make_on_dask(todo, scheduler, progress)
         else:
             made = spread(lambda task, codec: make_shard(task, codec, progress), todo, workers)
     failures = write_failures(out)
+    done = [m for m in made if m]
     return Summary(
-        videos=sum(m.videos for m in made),
-        frames=sum(m.frames for m in made),
+        videos=sum(m.videos for m in done),
+        frames=sum(m.frames for m in done),
         failures=failures,
-        shards_made=len(made),
+        shards_made=sum(m.shards for m in done),
         shards_skipped=len(mine) - len(todo),
         seconds=time.monotonic() - started,
+        shards_left=len(made) - len(done),
     )
 
 
-def _make_on_dask(todo: list[Task], scheduler: str | None, progress: Progress) -> list[Made]:
+def _make_on_dask(todo: list[Task], scheduler: str | None, progress: Progress) -> list[Made | None]:
     """Every task, on the workers of a running Dask cluster, which tries those of a killed worker again elsewhere."""
     try:
         from distributed import Client, as_completed
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise ValueError("--backend dask needs Dask: pip install '.[preprocess,cluster]'") from error
-    made: list[Made] = []
-    with Client(scheduler, set_as_default=False) as client, client.as_current():
+    made: list[Made | None] = []
+    # A file that the scheduler has still to write is waited for.
+    named = "scheduler_file" if str(scheduler).endswith(".json") else "address"
+    with Client(**{named: scheduler}, set_as_default=False) as client, client.as_current():
+        futures = client.map(_make_alone, todo, retries=1, pure=False)
+        tasks = {future.key: task for future, task in zip(futures, todo)}
         try:
-            for _, result in as_completed(client.map(_make_alone, todo, retries=1, pure=False), with_results=True):
+            for future, result in as_completed(futures, with_results=True):
+                task = tasks[future.key]
                 made.append(result)
-                progress.add(*result)
+                if result:
+                    _await(task.shard)
+                    progress.add(*result[1:])
+                else:
+                    progress.skip(len(task.paths))
         except KilledWorker as error:
             raise RuntimeError(
                 f"a shard's worker was killed again and again, probably for lack of memory ({error}): start fewer "
@@ -183,25 +248,32 @@ def _make_on_dask(todo: list[Task], scheduler: str | None, progress: Progress) -
     return made
 
 
-def _make_alone(task: Task) -> Made:
+def _make_alone(task: Task) -> Made | None:
+    """`make_shard` on a machine of a cluster, which must have what the command's has."""
+    if differences := replace(task.origin, versions=library_versions(LIBRARIES)).differences(task.origin):
+        raise ValueError(f"worker {platform.node()} differs from where the command runs ({'; '.join(differences)})")
     with Codec() as codec:
         return make_shard(task, codec)
 
 
-def plan(
-    manifest: Manifest,
-    videos: Path,
-    out: Path,
-    settings: Settings,
-    videos_per_shard: int,
-    time_limit: float,
-    reader: Reader = "pyav",
-) -> list[Task]:
-    """Cut a manifest into one task a shard."""
+def _await(shard: Path) -> None:
+    """Wait until a shard that another machine has made is seen here; RuntimeError where it is not."""
+    end = time.monotonic() + SEEN_SECONDS
+    while not shard.exists():
+        if time.monotonic() > end:
+            raise RuntimeError(
+                f"a worker has made {shard}, which is not to be seen from here: --out must be a folder of a file "
+                "system that all machines share"
+            )
+        time.sleep(0.5)
+
+
+def plan(manifest: Manifest, settings: Settings, videos_per_shard: int, **common: Any) -> list[Task]:
+    """Cut a manifest into one task a shard, with what is `common` to all."""
     if videos_per_shard < 1:
         raise ValueError(f"--videos-per-shard is {videos_per_shard}; it must be at least 1")
-    starts = range(0, len(manifest.paths), videos_per_shard)
-    origin = Origin(settings, manifest.sha256, manifest.classes, library_versions(LIBRARIES), len(starts))
+    starts = range(0, len(manifest), videos_per_shard)
+    origin = Origin(settings, manifest.videos_sha256, manifest.classes, library_versions(LIBRARIES), shards=len(starts))
     numbers = manifest.label_numbers
     return [
         Task(
@@ -209,81 +281,138 @@ def plan(
             first_row=start,
             paths=manifest.paths[start : start + videos_per_shard],
             labels=tuple(int(n) for n in numbers[start : start + videos_per_shard]),
-            videos=videos,
-            out=out,
             origin=origin,
-            time_limit=time_limit,
-            reader=reader,
+            **common,
         )
         for k, start in enumerate(starts)
     ]
 
 
 def library_versions(names: Sequence[str]) -> dict[str, str]:
-    """Versions of what shapes a file's bytes, the kind of CPU among it."""
-    return {name: version(name) for name in names} | {"machine": platform.machine()}
+    """Versions of what shapes a file's bytes, FFmpeg's libraries and the kind of CPU among it."""
+    ffmpeg = {name: ".".join(map(str, av.library_versions[name])) for name in FFMPEG}
+    return {name: version(name) for name in names} | ffmpeg | {"machine": platform.machine()}
 
 
 def refuse_foreign(out: Path, tasks: list[Task]) -> None:
     """Raise ValueError where the folder holds shards that this run would not make; nothing is deleted."""
-    expected = {shard_name(t.number): t for t in tasks}
     for path in shard_paths(out):
         shard = Shard(path)
         differences = tasks[0].origin.differences(shard.origin)
-        task = expected.get(path.name)
-        if not differences and task and (shard.first_row, shard.rows) != (task.first_row, len(task.paths)):
-            differences = [f"videos per shard: {shard.rows} there, {len(task.paths)} here"]
-        if differences:
+        if differences := differences or _other_rows(shard, tasks):
             raise ValueError(
                 f"{path} was made by another run ({'; '.join(differences)}). Nothing was deleted: choose another "
                 "--out, or run with what it was made with"
             )
 
 
-def _needed(task: Task, retry_failed: bool) -> bool:
-    return not task.shard.exists() or (retry_failed and bool(Shard(task.shard).failed))
+def _other_rows(shard: Shard, tasks: list[Task]) -> list[str]:
+    """The first row of a shard that the manifest has otherwise. Rows may have been appended to it, and to its end."""
+    task = tasks[min(shard.number, len(tasks) - 1)]
+    if shard.first_row != task.first_row or shard.rows > len(task.paths):
+        text = f"{shard.rows} videos from row {shard.first_row} there, {len(task.paths)} from row {task.first_row} here"
+        return [f"{text}, by another --videos-per-shard or with rows that the manifest lacks"]
+    names = [*shard.origin.classes, ""]  # label -1 is the last
+    stored = {row: (path, names[label]) for row, path, label in zip(shard.row.tolist(), shard.paths, shard.label)}
+    names = [*task.origin.classes, ""]
+    for row, (path, label) in enumerate(zip(task.paths[: shard.rows], task.labels), start=task.first_row):
+        if (there := stored.get(row)) and there != (path, names[label]):
+            return [f"row {row}: {there[0]!r}, label {there[1]!r} there, {path!r}, label {names[label]!r} here"]
+    other = [f for f in shard.failed if f.path != task.paths[f.row - task.first_row]]
+    return [f"row {f.row}: {f.path!r} there, {task.paths[f.row - task.first_row]!r} here" for f in other[:1]]
 
 
-def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Made:
-    """Make one shard, telling `progress` of every video. Raises as `working` and `write_shard`."""
+def lacking(task: Task) -> int:
+    """How many videos are to be encoded until a shard is what it should be."""
+    if not task.shard.exists():
+        return len(task.paths)
+    shard = Shard(task.shard)
+    return len(task.paths) - len(shard) - (0 if task.retry_failed else len(shard.failed))
+
+
+def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Made | None:
+    """Make one shard, telling `progress` of every video; None where another process does.
+
+    What the shard holds already is kept, and it is left as it is where nothing comes to that. Raises as `working` and
+    `write_shard`, ValueError where what it holds is damaged, RuntimeError where the videos' folder went away.
+    """
+    try:
+        with working(task.shard, task.made_from, scratch=task.scratch) as journal:
+            if lacking(task):
+                return _make(task, codec, journal, progress)
+        why = f"{task.shard} was made by another process meanwhile"
+    except Busy as busy:
+        why = f"{busy}: it is left to that"
+    say(why)
+    if progress:
+        progress.skip(len(task.paths))
+    return None
+
+
+def _make(task: Task, codec: Codec, journal: Journal, progress: Progress | None) -> Made:
+    before = Shard(task.shard) if task.shard.exists() else None
+    if before and (problems := checksum_problems(task.shard)):
+        raise ValueError(problems[0])
+    held = {path: k for k, path in enumerate(before.paths)} if before else {}
+    tried = {f.path: f.reason for f in before.failed} if before and not task.retry_failed else {}
     videos: list[Video] = []
     failures: list[Failure] = []
-    frames = 0
-    with working(task.shard) as spool:
-        for row, (path, label) in enumerate(zip(task.paths, task.labels), start=task.first_row):
-            stored = _store(codec, task, spool, row, path, label)
-            if isinstance(stored, Video):
-                videos.append(stored)
-                frames += len(stored.frame_bytes)
-                done = Made(1, len(stored.frame_bytes), 0)
-            else:
-                failures.append(stored)
-                done = Made(0, 0, 1)
-            if progress:
-                progress.add(*done)
-        write_shard(task.out, task.number, task.origin, task.first_row, len(task.paths), videos, failures, spool)
-    return Made(len(videos), frames, len(failures))
+    done = frames = 0
+
+    def entry(path: str) -> dict[str, Any]:
+        """A video in the spool and what the index needs, or the reason why not."""
+        nonlocal done, frames
+        if before and path in held:
+            return copy_video(before, held[path], journal.spool)
+        if path in tried:
+            return {"reason": tried[path]}
+        stored = _store(codec, task, journal.spool, path)
+        if progress:
+            progress.add(*((0, 0, 1) if "reason" in stored else (1, len(stored["frame_bytes"]))))
+        done, frames = done + 1, frames + len(stored.get("frame_bytes", ()))
+        return stored
+
+    if progress:
+        progress.skip(sum(path not in held and path not in tried for path in task.paths[: len(journal.kept)]))
+    for row, (path, label) in enumerate(zip(task.paths, task.labels), start=task.first_row):
+        found = journal.next(partial(entry, path))
+        if "reason" in found:
+            failures.append(Failure(row, path, found["reason"]))
+        else:
+            for key in ("frame_bytes", "iframe_bytes", "iframe_frame"):
+                found[key] = np.array(found[key], np.int64)
+            found["times"] = np.array(found["times"], np.float64)
+            videos.append(Video(row, path, label, **found))
+    rows = len(task.paths)
+    gained = before is None or len(videos) > len(before) or rows > before.rows
+    if gained:
+        journal.save()
+        write_shard(task.out, task.number, task.origin, task.first_row, rows, videos, failures, journal.spool)
+    failed = sum(f.path not in tried for f in failures)
+    return Made(int(gained), done - failed, frames, failed)
 
 
-def _store(codec: Codec, task: Task, spool: Spool, row: int, path: str, label: int) -> Video | Failure:
-    """One video into the spool, or why not."""
+def _store(codec: Codec, task: Task, spool: Spool, path: str) -> dict[str, Any]:
+    """One video into the spool; what the index needs, or the reason why not."""
     source = task.videos / path
     try:
-        answer = codec.run("convert", source, spool, task.origin.settings, task.time_limit, reader=task.reader)
+        return codec.run("convert", source, spool, task.origin.settings, task.time_limit, reader=task.reader)
     except CodecError as error:
-        return Failure(row, path, plain(str(error), source, path))
-    for key in ("frame_bytes", "iframe_bytes", "iframe_frame"):
-        answer[key] = np.array(answer[key], np.int64)
-    answer["times"] = np.array(answer["times"], np.float64)
-    return Video(row, path, label, **answer)
+        if task.witnesses and not any(p.exists() for p in (source, *(task.videos / w for w in task.witnesses))):
+            raise RuntimeError(
+                f"{source} is not there, nor is any of {len(task.witnesses)} videos that were when the run began, such "
+                f"as {task.witnesses[0]}: see that {task.videos} is mounted, and run the same command again"
+            ) from error
+        return {"reason": plain(str(error), source, path)}
 
 
 def write_failures(out: Path) -> list[Failure]:
     """Collect the failure rows of every finished shard into failures.csv; returns them."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # of several parts, the last to come sees every shard
-        failures = [f for p in shard_paths(out) for f in Shard(p).failed]
+    seen: list[tuple[str, int]] | None = None
+    failures: list[Failure] = []
+    # Of several parts, the last to come sees every shard; none writes over it what it saw before.
+    while seen != (there := [(p.name, p.stat().st_ino) for p in shard_paths(out)]):
+        seen, failures = there, [f for p in shard_paths(out) for f in Shard(p).failed]
         with (
             replacing(out / "failures.csv") as partial,
             open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -291,19 +420,23 @@ def write_failures(out: Path) -> list[Failure]:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(Failure._fields)
             writer.writerows(failures)
-    finally:
-        os.close(folder)
     return failures
 
 
 def report(summary: Summary, out: Path) -> None:
-    """Say what a run did, failures first."""
-    for failure in summary.failures[:20]:
-        print(f"failed  {failure.path}: {failure.reason}", file=sys.stderr)
-    if len(summary.failures) > 20:
-        print(f"failed  … {len(summary.failures) - 20} more in {out / 'failures.csv'}", file=sys.stderr)
+    """Say what a run did, failures first: a line a reason, with the first video that it is told of."""
+    reasons: dict[str, list[Failure]] = {}
+    for failure in summary.failures:
+        kind = re.sub(r"\d+", "…", failure.reason.replace(failure.path, "…"))
+        reasons.setdefault(kind, []).append(failure)
+    for alike in sorted(reasons.values(), key=len, reverse=True)[:REASONS]:
+        count = f"{len(alike)} videos, such as " if len(alike) > 1 else ""
+        print(f"failed  {count}{alike[0].path}: {alike[0].reason}", file=sys.stderr)
+    if len(reasons) > REASONS:
+        print(f"failed  … {len(reasons) - REASONS} more reasons in {out / 'failures.csv'}", file=sys.stderr)
     rate = summary.frames / max(summary.seconds, 1e-9)
+    left = f", {summary.shards_left} left to another process" if summary.shards_left else ""
     print(
-        f"{summary.shards_made} shards made, {summary.shards_skipped} already there: {summary.videos} videos, "
+        f"{summary.shards_made} shards made, {summary.shards_skipped} already there{left}: {summary.videos} videos, "
         f"{summary.frames} frames in {summary.seconds:.1f} s ({rate:.0f} frames/s), {len(summary.failures)} failed"
     )

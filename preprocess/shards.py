@@ -1,7 +1,11 @@
 """The shard format and its reader; `preprocess.writer` is the other side. numpy and h5py only.
 
 A shard is one HDF5 file that holds a run of consecutive manifest rows as flat columns. Every dataset is contiguous and
-uncompressed, so a reader asks HDF5 once where the bytes lie and then maps the file: no lock, no chunk cache, no copy.
+uncompressed, so a reader asks HDF5 once where the bytes lie and then maps the file: no lock, no chunk cache, no copy,
+and no descriptor that stays open, so that a set may have more shards than a process may have files.
+
+A shard depends on the paths and labels of its manifest, in their order, and on nothing else of it. Where rows were
+appended later, later shards name another manifest and more classes; the classes of a set are those of all its shards.
 
 | dataset | type, shape | meaning |
 |---|---|---|
@@ -38,11 +42,13 @@ cell's pixels inside the frame, rounded. I-frames have it too; a video's first f
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -52,11 +58,14 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+from preprocess.manifest import in_order
+
 FORMAT, FLOW_FORMAT = "context-motion-shard", "context-motion-flow"
 VERSION, FLOW_VERSION = 1, 1
 MACROBLOCK = 16
 QUARTERS = 4  # motion is stored in quarter pixels
 INTRA = -32768
+JOURNAL = "journal"
 COPY_BYTES = 1 << 20  # what fits into a core's cache is copied and hashed faster than what does not
 
 SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
@@ -139,6 +148,7 @@ class Origin:
 
     settings: Settings
     manifest_sha256: str
+    """`Manifest.videos_sha256` when the shard was made."""
     classes: tuple[str, ...]
     versions: dict[str, str]
     """Version of every library that shapes the bytes."""
@@ -146,15 +156,22 @@ class Origin:
     """How many shards the manifest is cut into."""
 
     def differences(self, other: Origin) -> list[str]:
-        """Sentences naming each field in which the two differ."""
+        """Sentences naming each setting and version in which the two differ: such shards never mix.
+
+        Manifests may differ, by rows that were appended.
+        """
         mine, theirs = self._flat(), other._flat()
         names = sorted(set(mine) | set(theirs))
-        return [f"{n}: {theirs.get(n)} there, {mine.get(n)} here" for n in names if mine.get(n) != theirs.get(n)]
+        unnamed = "not named"
+        return [
+            f"{n}: {theirs.get(n, unnamed)} there, {mine.get(n, unnamed)} here"
+            for n in names
+            if mine.get(n) != theirs.get(n)
+        ]
 
     def _flat(self) -> dict[str, Any]:
         flat: dict[str, Any] = {f"settings.{k}": v for k, v in asdict(self.settings).items()}
-        flat |= {f"version of {k}": v for k, v in self.versions.items()}
-        return flat | {"manifest sha256": self.manifest_sha256, "classes": self.classes, "shards": self.shards}
+        return flat | {f"version of {k}": v for k, v in self.versions.items()}
 
 
 class Failure(NamedTuple):
@@ -189,6 +206,11 @@ def even_times(frames: int, fps: float) -> np.ndarray:
     return np.arange(frames) / fps if fps else np.full(frames, np.nan)
 
 
+def work_path(target: Path) -> Path:
+    """Where a shard, or the optical flow of one, is in the making, with a JOURNAL of the videos that are finished."""
+    return target.with_name(f".{target.name}.work")
+
+
 def _unpack(data: np.ndarray, offset: np.ndarray) -> list[str]:
     raw = data.tobytes()
     return [raw[a:b].decode("utf-8", "surrogateescape") for a, b in zip(offset[:-1].tolist(), offset[1:].tolist())]
@@ -208,20 +230,19 @@ class Shard:
     Attributes (n videos, F frames, K I-frames): `row`, `label`, `fps`, `source_size`, `frame_offset`, `decode_errors`,
     `frame_jpeg_offset`, `iframe_jpeg_offset`, `iframe_frame` and `motion` are the mapped columns of the table above.
 
-    Raises ValueError naming file and dataset where the file is not a shard of this version, or is damaged so that
-    reading would leave it; a flipped bit inside the data is found by its checksum (`preprocess.check`), not here.
+    Raises ValueError naming file and dataset where the file is not a shard of this version, or, when a column is first
+    read, where that is damaged so that reading would leave the file; a flipped bit inside the data is found by its
+    checksum (`preprocess.check`), not here.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._columns: dict[str, np.ndarray] = {}
-        self._mapped: mmap.mmap | None = None
+        self._mapped: np.ndarray | None = None
         self._flow: np.ndarray | None = None
-        with _blaming(self.path, "a shard"):
-            with h5py.File(self.path, "r") as f:
-                self._read_attributes(f)
-                self._layout = self._read_layout(f)
-            self._check_offsets()
+        with _blaming(self.path, "a shard"), _opened(self.path) as f:
+            self._read_attributes(f)
+            self._layout = self._read_layout(f)
 
     def _read_attributes(self, f: h5py.File) -> None:
         values = _attributes(f, FORMAT, VERSION)
@@ -254,21 +275,29 @@ class Shard:
             layout[name] = (dtype, shape, offset)
         return layout
 
-    def _check_offsets(self) -> None:
-        for name, target in OFFSETS.items():
-            offsets = self[name]
-            end = len(self["motion"]) if name == "videos/frame_offset" else len(self[target])
-            if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
-                raise ValueError(f"{name} does not run from 0 to {end} without stepping back")
-        if len(self.iframe_frame) and not 0 <= self.iframe_frame.min() <= self.iframe_frame.max() < len(self.motion):
-            raise ValueError(f"iframes/frame points outside the {len(self.motion)} frames")
-
     def __getitem__(self, name: str) -> np.ndarray:
         """A column of the schema, mapped."""
-        if not self._columns:
-            mapped = self._mapped = _map(self.path)
-            self._columns = {name: _column(mapped, *place) for name, place in self._layout.items()}
+        if name not in self._columns:
+            if self._mapped is None:
+                self._mapped = _map(self.path)
+            column = _column(self._mapped, *self._layout[name])
+            self._check_column(name, column)
+            self._columns[name] = column
         return self._columns[name]
+
+    def _check_column(self, name: str, column: np.ndarray) -> None:
+        """Raise ValueError where what a column points to is not there.
+
+        Not when the shard is opened: thousands are, by every process of a training, and what they would read of each
+        is what takes long on a file system far away.
+        """
+        frames = self._layout["motion"][1][0]
+        if name in OFFSETS:
+            end = frames if name == "videos/frame_offset" else self._layout[OFFSETS[name]][1][0]
+            if len(column) == 0 or column[0] != 0 or column[-1] != end or (np.diff(column) < 0).any():
+                raise ValueError(f"{self.path}: {name} does not run from 0 to {end} without stepping back")
+        if name == "iframes/frame" and len(column) and not 0 <= column.min() <= column.max() < frames:
+            raise ValueError(f"{self.path}: iframes/frame points outside the {frames} frames")
 
     def __getstate__(self) -> dict[str, Any]:
         # The maps are made anew where the shard is unpickled.
@@ -277,7 +306,7 @@ class Shard:
     def release(self) -> None:
         """Let go of the memory that was read through the map; what is read again comes from the file again."""
         if self._mapped is not None:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+            _libc.madvise(self._mapped.ctypes.data, self._mapped.size, mmap.MADV_DONTNEED)
 
     def __len__(self) -> int:
         return len(self["videos/row"])
@@ -318,10 +347,16 @@ class Shard:
 
     def times(self, video: int) -> np.ndarray:
         """When each frame of a video is shown, float64 (T,), seconds from the first; nan where no rate was declared."""
-        start, end = self.frame_offset[video : video + 2]
-        if "frames/time" in self._layout:
-            return self["frames/time"][start:end]
-        return even_times(int(end - start), float(self.fps[video]))
+        start, end = self.frame_offset[video : video + 2].tolist()
+        times = self.variable_times(video)
+        return times if len(times) else even_times(end - start, float(self.fps[video]))
+
+    def variable_times(self, video: int) -> np.ndarray:
+        """The same where the rate is variable, else nothing."""
+        start, end = self.frame_offset[video : video + 2].tolist()
+        times = self["frames/time"][start:end] if "frames/time" in self._layout else np.empty(0)
+        constant = np.array_equal(times, even_times(end - start, float(self.fps[video])), equal_nan=True)
+        return np.empty(0) if constant else times
 
     def frame_jpeg(self, frame: int) -> np.ndarray:
         """JPEG of one frame, uint8 view; `frame` counts over the shard (frame_offset[v] + t)."""
@@ -339,7 +374,7 @@ def _open_flow(shard: Shard) -> np.ndarray:
     way_out = f"python -m preprocess flow {shard.path.parent} --videos FOLDER"
     if not path.exists():
         raise ValueError(f"{path.name} is missing from {path.parent}: make it with {way_out}")
-    with _blaming(path, "optical flow"), h5py.File(path, "r") as f:
+    with _blaming(path, "optical flow"), _opened(path) as f:
         if _attributes(f, FLOW_FORMAT, FLOW_VERSION)["shard_sha256"] != shard.sha256:
             raise ValueError(f"the flow of another shard, or of what this one was before: delete it, then {way_out}")
         shape, offset = _place(f, "flow", "int16", 4, path.stat().st_size)
@@ -374,42 +409,79 @@ def _attributes(f: h5py.File, expected: str, version: int) -> dict[str, Any]:
     return values
 
 
+def _opened(path: Path) -> h5py.File:
+    return h5py.File(path, "r", locking=False)  # what is there is complete; some file systems have no locks
+
+
 def _place(f: h5py.File, name: str, dtype: str, dimensions: int, size: int) -> tuple[tuple[int, ...], int]:
-    """Shape and byte offset of a plain dataset that lies in the file's `size` bytes."""
-    for parent in (name.rpartition("/")[0], name):
-        if parent and not isinstance(f.get(parent, getlink=True), h5py.HardLink):
-            raise ValueError(f"{parent} is missing or a link; shards hold plain datasets only")
+    """Shape and byte offset of a plain dataset that lies in the file's `size` bytes.
+
+    By HDF5's own calls: what h5py puts around them takes most of the time that opening a shard takes.
+    """
+    for end in [i for i, letter in enumerate(name) if letter == "/"] + [len(name)]:
+        if not _is_plain(f, name[:end]):
+            raise ValueError(f"{name[:end]} is missing or a link; shards hold plain datasets only")
     try:
-        data = f[name]
+        data = h5py.h5o.open(f.id, name.encode())
     except (KeyError, OSError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be opened: {error.args[0]}") from error
-    if not isinstance(data, h5py.Dataset) or data.dtype != np.dtype(dtype) or data.ndim != dimensions:
+    if not isinstance(data, h5py.h5d.DatasetID) or data.dtype != np.dtype(dtype) or data.rank != dimensions:
         raise ValueError(f"{name} is not a dataset of type {dtype} with {dimensions} dimensions")
-    count = math.prod(data.shape)
-    offset = data.id.get_offset() if count else 0
-    if offset is None:
+    shape, stored = data.shape, data.get_create_plist()
+    if stored.get_layout() != h5py.h5d.CONTIGUOUS or stored.get_external_count():
         raise ValueError(f"{name} is not stored contiguously inside the file")
-    if offset + count * data.dtype.itemsize > size:
-        raise ValueError(f"{name} lies outside the file's {size} bytes: the file is truncated")
-    return data.shape, offset
-
-
-def _map(path: Path) -> mmap.mmap:
-    with open(path, "rb") as f:
-        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _column(mapped: mmap.mmap, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
-    """A view of a dataset; of one without bytes an array of its own, since it lies nowhere."""
     count = math.prod(shape)
-    flat = np.frombuffer(mapped, dtype, count, offset) if count else np.empty(0, dtype)
+    offset = data.get_offset() if count else 0
+    if offset is None or offset + count * np.dtype(dtype).itemsize > size:
+        raise ValueError(f"{name} lies outside the file's {size} bytes: the file is truncated")
+    return shape, offset
+
+
+def _is_plain(f: h5py.File, name: str) -> bool:
+    try:
+        return f.id.links.get_info(name.encode()).type == h5py.h5l.TYPE_HARD
+    except (KeyError, RuntimeError):
+        return False
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def _map(path: Path) -> np.ndarray:
+    """The bytes of a file, mapped read-only, uint8. Raises OSError.
+
+    The system's own call: Python's keeps a descriptor beside every map, and a process may have 1024 of them.
+    """
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, f.fileno(), 0)
+    if address == _FAILED:
+        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}, to map {size} bytes", str(path))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    # The arrays over it keep it; at exit, when some may still be in use, the system unmaps by itself.
+    weakref.finalize(memory, _libc.munmap, address, size).atexit = False
+    mapped = np.frombuffer(memoryview(memory), np.uint8)
+    mapped.flags.writeable = False
+    return mapped
+
+
+def _column(mapped: np.ndarray, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    """A view of a dataset; of one without bytes an array of its own, since it lies nowhere."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    flat = mapped[offset : offset + size].view(dtype) if size else np.empty(0, dtype)
     return flat.reshape(shape)
 
 
 class ShardSet:
     """Every shard of a folder as one table of videos: numpy arrays, picklable, nothing held open.
 
-    Raises ValueError where shards are missing, or were made with different settings or from different manifests.
+    `classes` are those of all shards, and `label` numbers them. Raises ValueError where shards are missing, or were
+    made with different settings or versions, or from manifests of which one does not go on where another ended.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -420,26 +492,49 @@ class ShardSet:
         self.shards = [Shard(p) for p in names]
         self.origin = self.shards[0].origin
         for shard in self.shards:
-            if differences := self.origin.differences(shard.origin):
+            if shard.origin == self.origin:
+                shard.origin = self.origin  # one object: the names of its classes are not there a thousand times
+            elif differences := self.origin.differences(shard.origin):
                 raise ValueError(f"{shard.path} does not belong with {names[0].name}: {'; '.join(differences)}")
-        missing = sorted(set(range(self.origin.shards)) - {s.number for s in self.shards})
+        count = max(s.origin.shards for s in self.shards)
+        missing = sorted(set(range(count)) - {s.number for s in self.shards})
         if missing:
             raise ValueError(
-                f"{self.folder} lacks {len(missing)} of {self.origin.shards} shards ({missing[:10]}...): "
+                f"{self.folder} lacks {len(missing)} of {count} shards ({missing[:10]}...): "
                 "run the same python -m preprocess run command again to finish them"
             )
+        if len({s.origin.manifest_sha256 for s in self.shards}) > 1:
+            self._check_manifests()
+        self._classes = list(in_order({name for s in self.shards for name in s.origin.classes}))
         self.settings = self.origin.settings
         counts = [len(s) for s in self.shards]
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.label = np.concatenate([s.label for s in self.shards]).astype(np.int32)
+        self.label = np.concatenate([self._numbers(s) for s in self.shards]).astype(np.int32)
         self.frames = np.concatenate([np.diff(s.frame_offset) for s in self.shards]).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    def _check_manifests(self) -> None:
+        """Rows that were appended to a manifest make shards that follow; anything else is another data set."""
+        ends = np.cumsum([s.rows for s in self.shards])
+        paths = [*self.paths, *(f.path for f in self.failed)]
+        if [s.first_row + s.rows for s in self.shards] != ends.tolist() or len({*paths}) < len(paths):
+            raise ValueError(
+                f"the shards of {self.folder} were made from manifests that do not follow each other: rows or videos "
+                "are there twice, or missing. Make them anew, in another folder, from one manifest"
+            )
+
+    def _numbers(self, shard: Shard) -> np.ndarray:
+        """Labels of a shard's videos as numbers in the classes of the set."""
+        if list(shard.origin.classes) == self._classes:
+            return shard.label
+        number = {name: i for i, name in enumerate(self._classes)}
+        return np.array([*(number[name] for name in shard.origin.classes), -1])[shard.label]
+
     @property
     def classes(self) -> list[str]:
-        return list(self.origin.classes)
+        return list(self._classes)
 
     @property
     def paths(self) -> list[str]:

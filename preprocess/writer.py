@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
 from preprocess.check import content_problems
+from preprocess.command import say
 from preprocess.shards import (
     COPY_BYTES,
     FLOW_FORMAT,
     FLOW_VERSION,
     FORMAT,
+    JOURNAL,
     OPTIONAL,
     SCHEMA,
     VERSION,
@@ -34,9 +41,12 @@ from preprocess.shards import (
     file_sha256,
     flow_path,
     shard_name,
+    work_path,
 )
 
 HEADER_BYTES = 1 << 16  # more than HDF5 needs for the names and places of the datasets
+SAVE_SECONDS = 5.0  # what a kill may cost; a disk that is made to take every short video at once slows everything
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 SPOOLED = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion", "flow": "flow"}
 
 Datasets = dict[str, tuple[str, tuple[int, ...]]]
@@ -83,25 +93,79 @@ class Spool:
                 f.truncate(size)
 
 
-@contextmanager
-def working(target: Path, names: tuple[str, ...] = Spool.names) -> Iterator[Spool]:
-    """An empty spool for the making of `target`, in a hidden folder beside it, which goes once the target is made.
+class Busy(RuntimeError):
+    """Another process makes the same target."""
 
-    Whatever an earlier, killed attempt left there is dropped. Raises RuntimeError where another process makes the same
-    target, and OSError, saying what to do, where the disk does not take it.
+
+class Journal:
+    """What is finished of a target in the making, a line each, so that one that was killed goes on after its last.
+
+    What an earlier attempt finished is kept where it was made from the same, which the text `made_from` says, and the
+    spool is cut to it; else both begin empty.
     """
-    folder = target.with_name(f".{target.name}.work")
+
+    def __init__(self, spool: Spool, made_from: str) -> None:
+        self.spool, self.path = spool, spool.path(JOURNAL)
+        self.kept: deque[dict[str, Any]] = deque()
+        self._lines: list[bytes] = []
+        self._saved = time.monotonic()
+        head = hashlib.sha256(made_from.encode()).hexdigest().encode() + b"\n"
+        text = self.path.read_bytes() if self.path.exists() else b""
+        first, *lines = text.splitlines(keepends=True) or [b""]
+        length, sizes, there = len(head), [0] * len(spool.names), spool.sizes()
+        for line in lines if first == head else []:
+            if not line.endswith(b"\n"):  # the kill came while it was written
+                break
+            after, entry = json.loads(line)
+            if any(size > has for size, has in zip(after, there)):  # someone cut the spool
+                break
+            self.kept.append(entry)
+            length, sizes = length + len(line), after
+        spool.truncate(tuple(sizes))
+        with open(self.path, "ab") as file:
+            file.truncate(length if first == head else 0)
+            file.write(b"" if first == head else head)
+
+    def next(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The next entry: an earlier attempt's, or what `make` returns once its bytes are in the spool."""
+        if self.kept:
+            return self.kept.popleft()
+        entry = make()
+        self._lines.append(json.dumps([self.spool.sizes(), entry]).encode() + b"\n")
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.save()
+        return entry
+
+    def save(self) -> None:
+        """Have the disk take the spool, then the lines that tell of it."""
+        for name in self.spool.names:
+            with open(self.spool.path(name), "rb") as file:
+                os.fsync(file.fileno())
+        with open(self.path, "ab") as file:
+            file.write(b"".join(self._lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines, self._saved = [], time.monotonic()
+
+
+@contextmanager
+def working(
+    target: Path, made_from: str, names: tuple[str, ...] = Spool.names, scratch: Path | None = None
+) -> Iterator[Journal]:
+    """The making of `target`, by one process at a time: its journal and spool, which go once it is made.
+
+    They lie in a hidden folder beside the target, or in `scratch`, a folder on a disk that takes more. Raises Busy
+    where another process makes the same target, and OSError, saying what to do, where the disk does not take it.
+    """
+    place = beside = work_path(target)
+    if scratch:  # which may serve several sets at once
+        place = scratch / f".{target.name}.{hashlib.sha256(str(target.absolute()).encode()).hexdigest()[:16]}.work"
     try:
-        folder.mkdir(exist_ok=True)
-        with open(folder / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RuntimeError(f"{folder} is worked on by another process: wait for it, or stop it") from error
-            spool = Spool(folder, names)
-            spool.truncate((0,) * len(names))
-            yield spool
-            shutil.rmtree(folder)
+        with _alone(beside):
+            place.mkdir(parents=True, exist_ok=True)
+            yield Journal(Spool(place, names), made_from)
+            if scratch:
+                shutil.rmtree(place)
     except OSError as error:
         # HDF5 hides the system's reason in the middle of its own.
         number = error.errno or next(iter(map(int, re.findall(r"errno = (\d+)", str(error)))), 0)
@@ -110,6 +174,70 @@ def working(target: Path, names: tuple[str, ...] = Spool.names) -> Iterator[Spoo
             f"{target} cannot be made: {reason}. Make room in {target.parent}, or "
             "mend what this names, and run the same command again: finished shards are kept"
         ) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A folder that no other process works in, made for it; it goes in the end, unless an error is raised."""
+    busy = Busy(f"{folder} is worked on by another process")
+    folder.mkdir(exist_ok=True)
+    try:
+        lock = open(folder / "lock", "w")
+    except FileNotFoundError:  # the other has just finished, and removed the folder
+        raise busy from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))
+        except (BlockingIOError, FileNotFoundError):  # it is at work, or has just finished
+            held = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            held = _without_locks(folder.parent)
+        if not held:
+            raise busy
+        yield
+        for file in folder.iterdir():
+            file.unlink()
+    # Closed first: of a file that is open, NFS keeps another name in the folder, which then cannot be removed.
+    with suppress(OSError):  # another process has come
+        folder.rmdir()
+
+
+@cache
+def _without_locks(folder: Path) -> bool:
+    say(
+        f"warning: the file system of {folder} has no locks. This goes on, but could not notice another process that "
+        "makes the same shard: start no two commands that do"
+    )
+    return True
+
+
+def copy_video(shard: Shard, index: int, spool: Spool) -> dict[str, Any]:
+    """Append the bytes of a finished shard's video to a spool; returns what `codec.convert` returned for it."""
+    first, end = shard.frame_offset[index : index + 2].tolist()
+    low, high = shard.iframe_frame.searchsorted([first, end]).tolist()
+    of_frames = shard["frames/jpeg_offset"][first : end + 1]
+    of_iframes = shard["iframes/jpeg_offset"][low : high + 1]
+    pieces = (
+        shard["frames/jpeg"][of_frames[0] : of_frames[-1]],
+        shard["iframes/jpeg"][of_iframes[0] : of_iframes[-1]],
+        shard.motion[first:end],
+    )
+    for name, piece in zip(spool.names, pieces, strict=True):
+        with open(spool.path(name), "ab") as file:
+            file.write(piece.data)
+    shard.release()
+    return {
+        "fps": float(shard.fps[index]),
+        "source_size": shard.source_size[index].tolist(),
+        "decode_errors": int(shard.decode_errors[index]),
+        "times": shard.variable_times(index).tolist(),
+        "frame_bytes": np.diff(of_frames).tolist(),
+        "iframe_bytes": np.diff(of_iframes).tolist(),
+        "iframe_frame": (shard.iframe_frame[low:high] - first).tolist(),
+    }
 
 
 def write_shard(
@@ -126,7 +254,7 @@ def write_shard(
 
     Raises OSError (disk full and the like) and leaves no partial shard behind.
     """
-    path, partial = folder / shard_name(number), spool.folder / shard_name(number)
+    path = folder / shard_name(number)
     attributes: dict[str, str | int] = {
         "format": FORMAT,
         "version": VERSION,
@@ -147,17 +275,17 @@ def write_shard(
         "motion": (int(columns["videos/frame_offset"][-1]), *origin.settings.grid, 2),
     }
     datasets = {name: (dtype, shapes[name]) for name, (dtype, _) in (SCHEMA | OPTIONAL).items() if name in shapes}
-    _assemble(partial, attributes, datasets, columns, spool)
-    if problems := content_problems(Shard(partial)):
-        raise OSError(f"{partial} was written but does not read back: {problems[0]}")
-    _publish(partial, path)
+    with _publishing(path) as partial:
+        _assemble(partial, attributes, datasets, columns, spool)
+        if problems := content_problems(Shard(partial)):
+            spool.path(JOURNAL).unlink(missing_ok=True)  # what it tells of is not to be gone on with
+            raise OSError(f"{partial} was written but does not read back: {problems[0]}")
     return path
 
 
 def write_flow(shard: Shard, versions: dict[str, str], spool: Spool) -> Path:
     """Assemble, flush, verify and rename the optical flow of a shard, beside it. Raises as `write_shard`."""
     path = flow_path(shard.path)
-    partial = spool.folder / path.name
     attributes: dict[str, str | int] = {
         "format": FLOW_FORMAT,
         "version": FLOW_VERSION,
@@ -165,8 +293,8 @@ def write_flow(shard: Shard, versions: dict[str, str], spool: Spool) -> Path:
         "settings_sha256": shard.settings.sha256(),
         "versions": json.dumps(versions, sort_keys=True),
     }
-    _assemble(partial, attributes, {"flow": ("int16", shard.motion.shape)}, {}, spool)
-    _publish(partial, path)
+    with _publishing(path) as partial:
+        _assemble(partial, attributes, {"flow": ("int16", shard.motion.shape)}, {}, spool)
     return path
 
 
@@ -187,18 +315,25 @@ def _assemble(
         os.fsync(f.fileno())
 
 
-def _publish(partial: Path, path: Path) -> None:
-    """Give a finished file its final name and its checksum."""
+@contextmanager
+def _publishing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; once that is done, the file gets its final name and its checksum."""
+    partial = path.with_name(f".{path.name}.partial")
     sidecar = checksum_path(partial)
-    with open(sidecar, "w") as note:
-        note.write(f"{file_sha256(partial)}  {path.name}\n")
-        note.flush()
-        os.fsync(note.fileno())
-    # The checksum goes first, so that a shard under its final name always has its own; a shard made anew leaves
-    # before its checksum does.
-    path.unlink(missing_ok=True)
-    os.replace(sidecar, checksum_path(path))
-    os.replace(partial, path)
+    try:
+        yield partial
+        with open(sidecar, "w") as note:
+            note.write(f"{file_sha256(partial)}  {path.name}\n")
+            note.flush()
+            os.fsync(note.fileno())
+        # The checksum goes first, so that a shard under its final name always has its own; a shard made anew leaves
+        # before its checksum does.
+        path.unlink(missing_ok=True)
+        os.replace(sidecar, checksum_path(path))
+        os.replace(partial, path)
+    finally:
+        for file in partial, sidecar:
+            file.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -267,7 +402,8 @@ def _lay_out(partial: Path, attributes: dict[str, str | int], datasets: Datasets
     contents = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     contents.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     contents.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(partial, "w", libver=("v108", "v108"), alignment_threshold=1, alignment_interval=64) as f:
+    way = {"libver": ("v108", "v108"), "alignment_threshold": 1, "alignment_interval": 64, "locking": False}
+    with h5py.File(partial, "w", **way) as f:
         for name, value in attributes.items():
             # Fixed-length bytes: variable-length strings would put the value in a heap of its own.
             f.attrs[name] = np.int64(value) if isinstance(value, int) else np.bytes_(value.encode())

@@ -304,7 +304,7 @@ def test_everything_done_with_status_0(pair: Path, verb: Verb, monkeypatch: pyte
     flags = ["--retry-failed", "--videos-per-shard", "1", *TINY_FLAGS]
     status, said, errors = verb("run", "manifest.csv", "--videos", "videos", "--out", "shards", *flags)
     assert status == 0 and errors == ""
-    assert said.startswith("1 shards made, 1 already there: 1 videos, 3 frames")
+    assert said.splitlines()[-1].startswith("1 shards made, 1 already there: 1 videos, 3 frames")
 
 
 def test_a_log_has_lines_of_progress(
@@ -314,7 +314,8 @@ def test_a_log_has_lines_of_progress(
     monkeypatch.setattr(pipeline, "LOG_SECONDS", 0.0)
     make_shards(tmp_path, tmp_path / "videos", ["a.mp4", "b.mp4"], settings=TINY, videos_per_shard=1)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and re.fullmatch(r"2 of 2 videos, \d+ frames/s, 1 failed", said[-1])
+    assert re.fullmatch(r"1 of 2 videos, \d+ frames/s, 0 failed, \d+ s left", said[-2])
+    assert re.fullmatch(r"2 of 2 videos, \d+ frames/s, 1 failed, 0 s left", said[-1])
 
 
 def test_a_decoder_serves_a_worker_for_shard_after_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,9 +347,10 @@ def test_retry_failed_makes_only_shards_with_failures_anew(pair: Path) -> None:
     [
         ({"settings": Settings(width=64, height=48, frame_width=48, frame_height=32, quantiser=9)}, ["quantiser: 2"]),
         ({"settings": Settings(width=64, height=48)}, ["frame_width: 48", "frame_height: 32"]),
-        ({"paths": ["a.mp4", "c.mp4"]}, ["manifest sha256"]),
-        ({"labels": ["x", "z"]}, ["manifest sha256", "classes"]),
-        ({"videos_per_shard": 2}, ["shards: 2 there, 1 here"]),
+        ({"paths": ["a.mp4", "c.mp4"]}, ["row 1: 'b.mp4' there, 'c.mp4' here"]),
+        ({"labels": ["z", "y"]}, ["row 0: 'a.mp4', label 'x' there, 'a.mp4', label 'z' here"]),
+        ({"videos_per_shard": 2}, ["1 videos from row 1 there, 2 from row 0 here", "--videos-per-shard"]),
+        ({"paths": ["a.mp4"], "labels": ["x"]}, ["1 videos from row 1 there", "rows that the manifest lacks"]),
         ({"version": "0.0"}, ["version of av", "0.0 here"]),
     ],
 )
@@ -359,7 +361,8 @@ def test_other_runs_are_refused_naming_what_differs(
     options = {"settings": TINY, "videos_per_shard": 1, "paths": ["a.mp4", "b.mp4"], "labels": ["x", "y"]} | change
     if version := options.pop("version", None):
         monkeypatch.setattr(pipeline, "version", lambda _: version)
-    Manifest(tuple(options.pop("paths")), tuple(options.pop("labels")), ("", "")).write(pair / "other.csv")
+    paths, labels = (tuple(options.pop(name)) for name in ("paths", "labels"))
+    Manifest(paths, labels, ("",) * len(paths)).write(pair / "other.csv")
     with pytest.raises(ValueError, match="was made by another run") as caught:
         pipeline.run(pair / "other.csv", pair / "videos", pair / "shards", options.pop("settings"), **options)
     assert all(w in str(caught.value) for w in words) and "Nothing was deleted" in str(caught.value)
@@ -368,8 +371,10 @@ def test_other_runs_are_refused_naming_what_differs(
 
 def test_the_same_number_of_shards_cut_elsewhere_is_refused(tmp_path: Path) -> None:
     names = [f"{n}.mp4" for n in range(5)]
+    for name in names:
+        (tmp_path / name).touch()
     make_shards(tmp_path, tmp_path, names, settings=TINY, videos_per_shard=3)
-    with pytest.raises(ValueError, match="videos per shard: 3 there, 4 here"):
+    with pytest.raises(ValueError, match="2 videos from row 3 there, 1 from row 4 here"):
         make_shards(tmp_path, tmp_path, names, settings=TINY, videos_per_shard=4)
 
 
@@ -380,14 +385,17 @@ def test_a_damaged_shard_in_the_folder_is_refused(pair: Path) -> None:
         make_shards(pair, pair / "videos", ["a.mp4", "b.mp4"], ["x", "y"], settings=TINY, videos_per_shard=1)
 
 
-def test_a_shard_in_the_making_elsewhere_is_not_made_twice(pair: Path) -> None:
-    for path in (pair / "shards").glob("shard-00000*"):
+def test_a_shard_in_the_making_elsewhere_is_left_to_that(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (pair / "shards").glob("shard-*"):
         path.unlink()
     work = pair / "shards/.shard-00000.h5.work"
     work.mkdir()
+    arguments = (pair / "manifest.csv", pair / "videos", pair / "shards", TINY)
     with open(work / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="worked on by another process"):
-            make_shards(pair, pair / "videos", ["a.mp4", "b.mp4"], ["x", "y"], settings=TINY, videos_per_shard=1)
-    make_shards(pair, pair / "videos", ["a.mp4", "b.mp4"], ["x", "y"], settings=TINY, videos_per_shard=1)
-    assert len(Shard(pair / "shards/shard-00000.h5")) == 1
+        summary = pipeline.run(*arguments, videos_per_shard=1)
+        assert summary and (summary.shards_made, summary.shards_left) == (1, 1)
+    assert "shard-00000.h5.work is worked on by another process: it is left to that" in capsys.readouterr().err
+    assert not (pair / "shards/shard-00000.h5").exists()
+    pipeline.run(*arguments, videos_per_shard=1)
+    assert len(Shard(pair / "shards/shard-00000.h5")) == 1 and not work.exists()
