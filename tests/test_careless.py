@@ -154,11 +154,11 @@ def test_a_folder_that_goes_during_the_run_stops_it(
 ) -> None:
     run = Codec.run
 
-    def unmounting(codec: Codec, verb: str, source: Path, *arguments: Any) -> dict[str, Any]:
+    def unmounting(codec: Codec, verb: str, source: Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         if source.name == "2.mp4":
             videos.rename(tmp_path / "elsewhere")
             videos.mkdir()
-        return run(codec, verb, source, *arguments)
+        return run(codec, verb, source, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Codec, "run", unmounting)
@@ -202,7 +202,7 @@ STUCK = """
 import sys, time
 from preprocess import __main__, codec, writer
 run, writer.SAVE_SECONDS = codec.Codec.run, 0
-codec.Codec.run = lambda self, *what: time.sleep(600) if what[1].name == "3.mp4" else run(self, *what)
+codec.Codec.run = lambda self, *what, **how: time.sleep(600) if what[1].name == "3.mp4" else run(self, *what, **how)
 sys.exit(__main__.main())
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,11 @@ def leaving_cleanly() -> Iterator[None]:
     try:
         with explaining_workers():
             yield
+    except BaseException as error:
+        # Else the traceback keeps the network, which holds on to the process group: gloo's is then taken apart later,
+        # while this thread holds the interpreter's lock for which gloo's own thread, which it waits for, is waiting.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
         distributed.stop()
