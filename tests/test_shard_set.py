@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import pickle
+import re
 import shutil
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import h5py
+import numpy as np
 import pytest
+import simplejpeg
+from conftest import ROOT
 from test_shards import Written, assert_holds, write
 
 from preprocess.shards import Settings, ShardSet
@@ -75,6 +81,23 @@ def test_rows_and_classes_that_were_appended_belong_to_the_set(tmp_path: Path) -
     shards = ShardSet(tmp_path)
     assert shards.classes == ["climb", "Dance", "golf"]
     assert shards.label.tolist() == [-1, 0, 2, -1, 0, 1, -1]
+
+
+def test_the_readme_reads_a_shard_with_h5py_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block as it is printed, on a shard at the path that it names."""
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    block = next((textwrap.dedent(b) for b in blocks if "h5py.File(" in b), None)
+    if block is None:
+        pytest.skip("README.md prints no reader with h5py")
+    (named,) = re.findall(r'h5py\.File\("(.+?)"', block)
+    written = write((tmp_path / named).parent, [14, 3])
+    assert written.path == tmp_path / named
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    for frame, picture in zip(found["frames"], written.jpegs[0], strict=True):
+        np.testing.assert_array_equal(frame, simplejpeg.decode_jpeg(picture))
+    np.testing.assert_array_equal(found["motion"], written.motion[0])
 
 
 def read_everything(shards: ShardSet) -> list[int]:
