@@ -169,7 +169,7 @@ def describe(folder: Path) -> str:
             f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame; optical flow of {flows} shards",
             f"damaged   {errors} packets of the sources did not decode, or not wholly",
             f"classes   {len(newest.classes)}: {', '.join([*newest.classes[:8], *['…'][: len(newest.classes) - 8]])}",
-            f"manifest  sha256 {newest.manifest_sha256} (of its paths and labels)",
+            f"manifest  sha256 {newest.manifest_sha256}",
             f"versions  {', '.join(f'{k} {v}' for k, v in newest.versions.items())}",
         ]
     )

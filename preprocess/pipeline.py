@@ -71,7 +71,7 @@ class Task:
 
 
 class Made(NamedTuple):
-    """What one finished task added; no shard where nothing came to what it held."""
+    """What one finished task added; no shard where nothing came to what was there."""
 
     shards: int
     videos: int
@@ -207,14 +207,15 @@ def run(
             made = spread(lambda task, codec: make_shard(task, codec, progress), todo, workers)
     failures = write_failures(out)
     done = [m for m in made if m]
+    shards_made, shards_left = sum(m.shards for m in done), len(made) - len(done)
     return Summary(
         videos=sum(m.videos for m in done),
         frames=sum(m.frames for m in done),
         failures=failures,
-        shards_made=sum(m.shards for m in done),
-        shards_skipped=len(mine) - len(todo),
+        shards_made=shards_made,
+        shards_skipped=len(mine) - shards_made - shards_left,
         seconds=time.monotonic() - started,
-        shards_left=len(made) - len(done),
+        shards_left=shards_left,
     )
 
 
@@ -340,13 +341,13 @@ def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Ma
         with working(task.shard, task.made_from, scratch=task.scratch) as journal:
             if lacking(task):
                 return _make(task, codec, journal, progress)
-        why = f"{task.shard} was made by another process meanwhile"
+        made = Made(0, 0, 0, 0)  # another process has made it meanwhile
     except Busy as busy:
-        why = f"{busy}: it is left to that"
-    say(why)
+        say(f"{busy}: it is left to that")
+        made = None
     if progress:
         progress.skip(len(task.paths))
-    return None
+    return made
 
 
 def _make(task: Task, codec: Codec, journal: Journal, progress: Progress | None) -> Made:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from conftest import ROOT, one_thread, panned, write_video
 from test_restart import TINY, TINY_FLAGS, files, session, wait_for
 
-from preprocess import check, outlook, pipeline
+from preprocess import check, outlook, pipeline, writer
 from preprocess.codec import Codec
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
@@ -233,6 +234,39 @@ def test_a_killed_shard_goes_on_after_its_last_finished_video(
     assert encoded == ["3.mp4", "4.mp4"]
     assert files(tmp_path / "shards") == files(undisturbed)
     assert not list(local.glob("*"))
+
+
+def test_a_journal_survives_any_cut(tmp_path: Path) -> None:
+    """It keeps the whole lines whose bytes the spool has, and goes on after them."""
+    spool = writer.Spool(tmp_path, ("frames",))
+
+    def entries(*new: int) -> list[int]:
+        journal = writer.Journal(spool, "the same")
+        kept = [journal.next(dict)["n"] for _ in range(len(journal.kept))]
+        for n in new:
+            with open(spool.path("frames"), "ab") as file:
+                file.write(bytes(10))
+            journal.next(lambda n=n: {"n": n})
+        journal.save()
+        return kept
+
+    assert entries(0, 1, 2) == []
+    whole = (tmp_path / "journal").read_bytes()
+    first, second = whole.index(b"\n") + 1, whole.index(b'{"n": 1}')
+    for length, expected in (
+        (len(whole), [0, 1, 2]),
+        (len(whole) - 1, [0, 1]),
+        (second, [0]),
+        (first, []),
+        (first - 1, []),
+    ):
+        (tmp_path / "journal").write_bytes(whole[:length])
+        (tmp_path / "frames").write_bytes(bytes(35))
+        assert entries(7) == expected and (tmp_path / "frames").stat().st_size == 10 * len(expected) + 10
+        assert entries() == [*expected, 7]
+    (tmp_path / "journal").write_bytes(whole)
+    (tmp_path / "frames").write_bytes(bytes(25))
+    assert entries() == [0, 1] and writer.Journal(spool, "another").kept == deque()
 
 
 def test_what_another_run_began_is_not_gone_on_with(videos: Path, tmp_path: Path, encoded: list[str]) -> None:

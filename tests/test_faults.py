@@ -320,6 +320,8 @@ pipeline.run(folder / "manifest.csv", folder, folder / "shards", Settings(), **o
 def bad_run(folder: Path, *names: str) -> subprocess.Popen[str]:
     """A run in a process of its own over videos that do to the decoder what their names say."""
     (folder / "bad_codec.py").write_text(BAD_CODEC)
+    for name in names:
+        (folder / name).touch()
     Manifest(names, ("",) * len(names), ("",) * len(names)).write(folder / "manifest.csv")
     command = [sys.executable, "-c", BAD_RUN, str(folder)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
