@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import pickle
+import re
 import shutil
+import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import pytest
 import simplejpeg
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -372,3 +375,18 @@ def test_pickling_carries_no_data(tmp_path: Path) -> None:
         read_everything(shards)
         sizes.append(len(pickle.dumps(shards)))
     assert abs(sizes[1] - sizes[0]) < 200 and sizes[1] < 10_000
+
+
+def test_the_readme_reads_a_shard_with_h5py_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block as it is printed, on a shard at the path that it names."""
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    (block,) = (textwrap.dedent(b) for b in blocks if "h5py.File(" in b)
+    (named,) = re.findall(r'h5py\.File\("(.+?)"', block)
+    written = write((tmp_path / named).parent, [14, 3])
+    assert written.path == tmp_path / named
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    for frame, picture in zip(found["frames"], written.jpegs[0], strict=True):
+        np.testing.assert_array_equal(frame, simplejpeg.decode_jpeg(picture))
+    np.testing.assert_array_equal(found["motion"], written.motion[0])
