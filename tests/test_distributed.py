@@ -1,22 +1,34 @@
-"""Two gloo processes against one that sees the whole batch, in float64 on the CPU."""
+"""Two gloo processes against one that sees the whole batch, in float64 on the CPU: parts, then a whole run."""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_config
+from running import Tiny, lines, run_again, start
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from train import distributed
+from train import checkpoint, distributed, tasks
+from train.config import Config, Optimiser
+from train.loop import Terminated
 from train.objectives import context_matching, joint, motion_prediction
+from train.tasks import prepare
 
 RANKS, CLIPS, POINTS, WINDOWS, WIDTH = 2, 3, 4, 2, 5  # CLIPS of a rank, POINTS of a clip, WINDOWS of negatives a clip
 TEMPERATURE, ALPHA, SCALE = 0.3, 0.3, 2.0
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SAMPLES = 3  # batch norm: of each rank
 NORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "1d": (nn.BatchNorm1d, (), {}),
@@ -126,18 +138,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
-def test_ranks_know_each_other(ranks: list[dict[str, Any]]) -> None:
-    assert [found["rank"] for found in ranks] == [0, 1]
-    for found in ranks:
-        assert found["world_size"] == RANKS and found["device"] == torch.device("cpu")
-        assert found["mean"].tolist() == [0.5, 10.5] and not found["mean"].requires_grad
-
-
 def test_gather_keeps_the_order_and_sums_gradients(ranks: list[dict[str, Any]]) -> None:
     gradient = random(RANKS * 3, 2, seed=30) + random(RANKS * 3, 2, seed=31)
-    for found, own in zip(ranks, gradient.chunk(RANKS), strict=True):
+    for rank, (found, own) in enumerate(zip(ranks, gradient.chunk(RANKS), strict=True)):
+        assert (found["rank"], found["world_size"], found["device"]) == (rank, RANKS, torch.device("cpu"))
         torch.testing.assert_close(found["gathered"], random(RANKS * 3, 2, seed=20), rtol=0, atol=0)
         assert_equal(found["gathered grad"], own)
+        assert found["mean"].tolist() == [0.5, 10.5] and not found["mean"].requires_grad
 
 
 def test_two_ranks_optimise_what_one_process_does(ranks: list[dict[str, Any]]) -> None:
@@ -178,7 +185,7 @@ def test_batch_norm_far_from_zero_and_in_half_precision(ranks: list[dict[str, An
 
 
 def test_one_process_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     assert distributed.start(torch.device("cpu")) == torch.device("cpu")
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
@@ -188,25 +195,96 @@ def test_one_process_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.BatchNorm1d(3))
     assert distributed.synchronise_batch_norm(net) is net and type(net[0]) is nn.BatchNorm1d
     distributed.stop()
-
-
-def test_synchronised_batch_norm_alone_is_batch_norm() -> None:
     plain, x = nn.BatchNorm1d(3, dtype=torch.float64), random(4, 3, seed=0)
     ours = distributed.SynchronisedBatchNorm.replacing(nn.BatchNorm1d(3, dtype=torch.float64))
     torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=0)
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-def test_an_incomplete_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+@pytest.mark.parametrize(
+    ("device", "environment", "message"),
+    [
+        ("cpu", {"WORLD_SIZE": "4"}, r"WORLD_SIZE is 4 but RANK, MASTER_ADDR, MASTER_PORT.*torchrun"),
+        ("cuda", {"LOCAL_RANK": "2"}, "GPU 2, but 2 are visible"),
+    ],
+)
+def test_a_start_that_cannot_work_is_explained(
+    monkeypatch: pytest.MonkeyPatch, device: str, environment: dict[str, str], message: str
+) -> None:
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE is 4 but RANK, MASTER_ADDR, MASTER_PORT.*torchrun"):
-        distributed.start(torch.device("cpu"))
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="GPU 2, but 2 are visible"):
-        distributed.start(torch.device("cuda"))
+    with pytest.raises(ValueError, match=message):
+        distributed.start(torch.device(device))
+
+
+# ---- a whole run of two processes
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def no_dropout_config() -> Config:
+    """Dropout draws a rank at a time, so a comparison of one process with several needs a predictor without."""
+    base = tiny_config(batch_size=4, epochs=1, optimiser=Optimiser(lr_per_sample=0.005, warmup_epochs=0))
+    return replace(base, networks=replace(base.networks, predictor="convgru"))
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Networks, objectives and optimiser in double precision: in single, three steps of so small a batch already turn
+    the rounding of a sum over two processes into 1 % of a weight."""
+
+    def doubled(*arguments, **options):
+        torch.set_default_dtype(torch.float32)
+        found = prepare(*arguments, **options)
+        torch.set_default_dtype(torch.float64)
+        return [x.double() for x in found]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "prepare", doubled)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def train_as(rank: int, tiny: Tiny, folder: Path, ports: list[int]) -> None:
+    """One of two processes: the second is terminated in its first step, then both go on to the end."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(folder / f"said-{rank}", "w", buffering=1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    with in_float64():
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                run_again(patch, 1, lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss)
+            terminated(tiny, folder, ports[0])
+        assert not torch.distributed.is_initialized()
+        os.environ["MASTER_PORT"] = str(ports[1])
+        start(tiny, folder / "run", no_dropout_config())
+
+
+def terminated(tiny: Tiny, folder: Path, port: int) -> None:
+    os.environ["MASTER_PORT"] = str(port)
+    with pytest.raises(Terminated, match="saved at step 2 of 3"):  # both agree at the next line
+        start(tiny, folder / "run", no_dropout_config())
+
+
+def test_two_processes_compute_what_one_does_and_leave_together(tiny: Tiny, tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+    torch.multiprocessing.start_processes(train_as, (tiny, tmp_path, ports), nprocs=2, start_method="fork")
+    with in_float64():
+        start(tiny, tmp_path / "one", no_dropout_config())
+    one, two = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "run"))
+    torch.testing.assert_close(dict(two["model"]), dict(one["model"]), rtol=1e-6, atol=1e-9)
+    assert one["model"]["motion.network.stem.0.weight"].dtype == torch.float64
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "run"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert "12 videos" in (tmp_path / "said-0").read_text() and (tmp_path / "said-1").read_text() == ""
