@@ -206,6 +206,7 @@ def test_autocast_is_ignored_and_half_precision_raised(match: Callable[..., Loss
     full = [vectors(rows, 16, seed, torch.float32) for seed, rows in enumerate((10, 10, 20))]
     half = [x.detach().bfloat16().requires_grad_() for x in full]
     expected, raised = match(*full).value, match(*(x.float() for x in half)).value
+    torch.testing.assert_close(expected.double(), match(*(x.double() for x in full)).value, rtol=1e-6, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert (full[0] @ full[1].T).dtype == torch.bfloat16
         assert_equal(match(*full).value, expected)
