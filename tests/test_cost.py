@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -10,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from train import __main__ as command
 from train import cost
-from train.config import Objective, Pretraining, Supervision
-from train.model import FinetuningModel, PretrainingModel
+from train.config import Finetuning, Objective
+from train.model import build_model
 from train.recipes import RECIPES
 
 POINTS, WINDOWS, CHANNELS = 49, 4, 512
@@ -25,12 +27,6 @@ def c3d_by_hand() -> int:
     return 3 * sum(products) - products[0]  # forward, weights, inputs; the clip itself needs no gradient
 
 
-def test_c3d_by_hand() -> None:
-    scratch = cost.flops_per_clip(RECIPES["scratch-ucf101-c3d"].config)
-    assert scratch == c3d_by_hand()
-    assert scratch == cost.flops_per_clip(RECIPES["finetune-hmdb51-c3d"].config)
-
-
 def test_a_row_meets_the_keys_of_the_batch() -> None:
     """Three products of (49, 512) with (512, 4 x 49 x B) a clip and of (1, 512) with (512, B)."""
     small, large = (cost.flops_per_clip(RECIPES[f"pretrain-{name}-c3d"].config) for name in ("ucf101", "k400"))
@@ -41,40 +37,36 @@ def test_a_row_meets_the_keys_of_the_batch() -> None:
     assert still == [small, small]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_a_real_step_of_pretraining(alpha: float) -> None:
-    config = tiny_config(objective=Objective(alpha), batch_size=3)
+@pytest.mark.parametrize(
+    ("config", "off"),
+    [
+        *((tiny_config(objective=Objective(alpha), batch_size=3), 1e-6) for alpha in (0.0, 0.3, 1.0)),
+        (tiny_config("small-regularised", batch_size=3), 1e-3),  # all but the classifier is counted
+    ],
+)
+def test_a_real_step(config: Any, off: float) -> None:
     clip, motion = torch.randn(3, 3, 8, 32, 32), torch.randn(3, 2, 2, 8, 32, 32)
-    model = PretrainingModel(config)
+    model = build_model(config, 2)
     with FlopCounterMode(display=False) as counter:
-        clips, iframes, points = model(clip, clip[:, :, :1] if alpha < 1 else None, motion if alpha > 0 else None)
-        loss = torch.zeros(())
-        if clips is not None:
-            loss = loss + F.cross_entropy(clips @ iframes.T, torch.arange(3))
+        if isinstance(config, Finetuning):
+            scores, points = model(clip, motion)
+            loss = scores.mean()
+        else:
+            alpha, loss = config.objective.alpha, torch.zeros(())
+            clips, iframes, points = model(clip, clip[:, :, :1] if alpha < 1 else None, motion if alpha > 0 else None)
+            if clips is not None:
+                loss = loss + F.cross_entropy(clips @ iframes.T, torch.arange(3))
         if points is not None:
             loss = loss + (points.predicted @ torch.cat((points.targets, points.negatives)).T).logsumexp(1).mean()
         loss.backward()
-    assert cost.flops_per_clip(config) == pytest.approx(counter.get_total_flops() / 3, rel=1e-6)
-
-
-def test_a_real_step_with_labels_and_motion() -> None:
-    config = tiny_config("small-regularised", batch_size=3)
-    model = FinetuningModel(config, 2)
-    with FlopCounterMode(display=False) as counter:
-        scores, points = model(torch.randn(3, 3, 8, 32, 32), torch.randn(3, 2, 2, 8, 32, 32))
-        compared = points.predicted @ torch.cat((points.targets, points.negatives)).T
-        (scores.mean() + compared.logsumexp(1).mean()).backward()
-    # All but the classifier.
-    assert cost.flops_per_clip(config) == pytest.approx(counter.get_total_flops() / 3, rel=1e-3)
-    plain = tiny_config("small-regularised", batch_size=3, supervision=Supervision(motion_weight=0.0))
-    assert cost.flops_per_clip(plain) < cost.flops_per_clip(config)
+    assert cost.flops_per_clip(config) == pytest.approx(counter.get_total_flops() / 3, rel=off)
 
 
 def test_whole_runs() -> None:
     config = RECIPES["scratch-hmdb51-c3d"].config  # batch 8, 120 epochs
     assert cost.total_flops(config, 3570) == 120 * 3568 * c3d_by_hand()
     assert cost.gpu_hours(config, 3570) == pytest.approx(120 * 3568 * c3d_by_hand() / (0.3 * 312e12 * 3600))
-    assert isinstance(RECIPES["pretrain-ucf101-c3d-mse"].config, Pretraining)
+    assert cost.flops_per_clip(RECIPES["finetune-ucf101-c3d"].config) == c3d_by_hand()
     assert cost.dataset("pretrain-k400-r3d26") == ("Kinetics-400", 246_000) and cost.dataset("small-mse") is None
 
 

@@ -1,4 +1,4 @@
-"""Two gloo processes against one that sees the whole batch, in float64 on the CPU."""
+"""Two gloo processes against one that sees the whole batch, in float64 on the CPU: parts, then a whole run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from train.objectives import context_matching, joint, motion_prediction
 
 RANKS, CLIPS, POINTS, WINDOWS, WIDTH = 2, 3, 4, 2, 5  # CLIPS of a rank, POINTS of a clip, WINDOWS of negatives a clip
 TEMPERATURE, ALPHA, SCALE = 0.3, 0.3, 2.0
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SAMPLES = 3  # batch norm: of each rank
 NORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "1d": (nn.BatchNorm1d, (), {}),
@@ -126,18 +127,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
-def test_ranks_know_each_other(ranks: list[dict[str, Any]]) -> None:
-    assert [found["rank"] for found in ranks] == [0, 1]
-    for found in ranks:
-        assert found["world_size"] == RANKS and found["device"] == torch.device("cpu")
-        assert found["mean"].tolist() == [0.5, 10.5] and not found["mean"].requires_grad
-
-
 def test_gather_keeps_the_order_and_sums_gradients(ranks: list[dict[str, Any]]) -> None:
     gradient = random(RANKS * 3, 2, seed=30) + random(RANKS * 3, 2, seed=31)
-    for found, own in zip(ranks, gradient.chunk(RANKS), strict=True):
+    for rank, (found, own) in enumerate(zip(ranks, gradient.chunk(RANKS), strict=True)):
+        assert (found["rank"], found["world_size"], found["device"]) == (rank, RANKS, torch.device("cpu"))
         torch.testing.assert_close(found["gathered"], random(RANKS * 3, 2, seed=20), rtol=0, atol=0)
         assert_equal(found["gathered grad"], own)
+        assert found["mean"].tolist() == [0.5, 10.5] and not found["mean"].requires_grad
 
 
 def test_two_ranks_optimise_what_one_process_does(ranks: list[dict[str, Any]]) -> None:
@@ -178,7 +174,7 @@ def test_batch_norm_far_from_zero_and_in_half_precision(ranks: list[dict[str, An
 
 
 def test_one_process_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     assert distributed.start(torch.device("cpu")) == torch.device("cpu")
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
@@ -188,25 +184,26 @@ def test_one_process_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.BatchNorm1d(3))
     assert distributed.synchronise_batch_norm(net) is net and type(net[0]) is nn.BatchNorm1d
     distributed.stop()
-
-
-def test_synchronised_batch_norm_alone_is_batch_norm() -> None:
     plain, x = nn.BatchNorm1d(3, dtype=torch.float64), random(4, 3, seed=0)
     ours = distributed.SynchronisedBatchNorm.replacing(nn.BatchNorm1d(3, dtype=torch.float64))
     torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=0)
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-def test_an_incomplete_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+@pytest.mark.parametrize(
+    ("device", "environment", "message"),
+    [
+        ("cpu", {"WORLD_SIZE": "4"}, r"WORLD_SIZE is 4 but RANK, MASTER_ADDR, MASTER_PORT.*torchrun"),
+        ("cuda", {"LOCAL_RANK": "2"}, "GPU 2, but 2 are visible"),
+    ],
+)
+def test_a_start_that_cannot_work_is_explained(
+    monkeypatch: pytest.MonkeyPatch, device: str, environment: dict[str, str], message: str
+) -> None:
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE is 4 but RANK, MASTER_ADDR, MASTER_PORT.*torchrun"):
-        distributed.start(torch.device("cpu"))
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="GPU 2, but 2 are visible"):
-        distributed.start(torch.device("cuda"))
+    with pytest.raises(ValueError, match=message):
+        distributed.start(torch.device(device))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TINY, make_shards, smooth_texture, write_video
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from preprocess.shards import INTRA, ShardSet
+from train.data import PretrainSet
 from train.draws import (
     Cropping,
     Photometric,
@@ -61,10 +65,6 @@ def test_the_largest_stride_that_serves(frames: int, s: Sampling) -> None:
     assert largest_stride(frames, s) == max(
         (stride for stride in range(1, s.stride + 1) if serves(frames, stride, s)), default=0
     )
-
-
-def test_seventy_one_frames_are_enough_for_the_paper() -> None:
-    assert [largest_stride(f, Sampling()) for f in (71, 70, 56, 41, 26, 25)] == [4, 3, 3, 2, 1, 0]
 
 
 @given(st.integers(1, 400), samplings, seeds)
@@ -138,50 +138,30 @@ def test_where_no_box_fits_the_largest_in_the_centre_is_taken() -> None:
     np.testing.assert_allclose(square, [0.25, 0, 0.75, 1])
 
 
-@given(seeds)
-def test_photometric_draws(seed: int) -> None:
-    def draw(**changes: Any) -> np.ndarray:
-        return draw_photometric(np.random.default_rng(seed), Photometric(**changes))
+def test_one_probability_leaves_the_other_colours_alone() -> None:
+    def draw(**probabilities: float) -> list[float]:
+        return draw_photometric(np.random.default_rng(3), Photometric(**probabilities)).tolist()
 
-    nothing = [0, 1, 1, 1, 0, 0]
-    assert draw(blur_p=0, jitter_p=0, grey_p=0).tolist() == nothing
-    sigma, brightness, contrast, saturation, hue, grey = draw(blur_p=1, jitter_p=1, grey_p=1).tolist()
-    assert 0.1 <= sigma <= 2 and grey == 1 and abs(hue) <= 0.1
-    assert all(0.6 - 1e-6 <= f <= 1.4 + 1e-6 for f in (brightness, contrast, saturation))
-    # One probability leaves the other draws alone.
-    assert draw(blur_p=0, jitter_p=1, grey_p=1).tolist() == [0, brightness, contrast, saturation, hue, 1]
-    assert draw(blur_p=1, jitter_p=0, grey_p=1).tolist() == [sigma, *nothing[1:5], 1]
+    sigma, *jitter, grey = draw(blur_p=1, jitter_p=1, grey_p=1)
+    assert draw(blur_p=0, jitter_p=1, grey_p=1) == [0, *jitter, grey]
+    assert draw(blur_p=1, jitter_p=0, grey_p=1) == [sigma, 1, 1, 1, 0, grey]
+    assert draw(blur_p=1, jitter_p=1, grey_p=0) == [sigma, *jitter, 0] and grey == 1
+    assert Photometric(blur_sigma=(0.1, 2.1)).blur_taps == 15  # three deviations to each side
 
 
-def test_the_blurring_kernel_reaches_three_deviations() -> None:
-    assert Photometric().blur_taps == 13
-
-
-def test_wrong_settings_are_refused() -> None:
-    for make_one in (
-        lambda: Sampling(frames=0),
-        lambda: Sampling(gap=-1),
-        lambda: Sampling(period="past"),  # type: ignore[arg-type]
-        lambda: Cropping(area=(0.5, 1.2)),
-        lambda: Cropping(aspect=(2, 1)),
-        lambda: Cropping(flip=2),
-        lambda: Photometric(blur_p=-1),
-        lambda: Photometric(still_removed_p=1.5),
-        lambda: Photometric(hue=0.7),
-        lambda: Photometric(blur_sigma=(0, 1)),
-    ):
-        with pytest.raises(ValueError, match=r"choose|give"):
-            make_one()
-
-
-def test_clip_starts_by_hand() -> None:
-    assert clip_starts(160, 61, 10).tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
-    # 39 i / 9 = 0, 4.3, 8.7, 13, 17.3, 21.7, 26, 30.3, 34.7, 39
-    assert clip_starts(100, 61, 10).tolist() == [0, 4, 9, 13, 17, 22, 26, 30, 35, 39]
-    assert clip_starts(62, 61, 10).tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
-    assert clip_starts(61, 61, 10).tolist() == clip_starts(8, 61, 10).tolist() == [0] * 10
-    assert clip_starts(66, 61, 3).tolist() == [0, 3, 5]  # a half rounds up
-    assert clip_starts(66, 61, 1).tolist() == [2]
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        *((Sampling, wrong) for wrong in ({"frames": 0}, {"gap": -1}, {"period": "past"}, {"motion": "both"})),
+        *((Cropping, wrong) for wrong in ({"area": (0.5, 1.2)}, {"aspect": (2, 1)}, {"flip": 2})),
+        *((Photometric, wrong) for wrong in ({"blur_p": -1}, {"still_removed_p": 1.5}, {"hue": 0.7})),
+        (Photometric, {"blur_sigma": (0, 1)}),
+    ],
+)
+def test_wrong_settings_are_refused(kind: Any, wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {re.escape(repr(value))}; (choose|give)"):
+        kind(**wrong)
 
 
 @given(st.integers(1, 500), st.integers(1, 80), st.integers(2, 20))
@@ -190,3 +170,90 @@ def test_clips_stay_inside_and_reach_both_ends(frames: int, span: int, clips: in
     room = max(frames - span, 0)
     assert (starts[0], starts[-1]) == (0, room)
     np.testing.assert_allclose(starts, np.arange(clips) * room / (clips - 1), atol=0.5)
+
+
+def test_single_clips_lie_in_the_middle_and_halves_round_up() -> None:
+    assert clip_starts(66, 61, 1).tolist() == [2] and clip_starts(66, 61, 3).tolist() == [0, 3, 5]
+
+
+# ---- the frames and the motion of a sample, read off the pictures of a real video, through both codecs
+#
+# Every frame of the video carries its number as two grey blocks, and every step from one frame to the next has a
+# displacement of its own. So what the data set delivers says by itself which frames it is, without its own word.
+
+FRAMES, HEIGHT, WIDTH = 80, 144, 176
+BLOCK = 40  # pixels of the video; the blocks lie side by side in the upper left corner
+
+
+def displacement(number: int) -> tuple[int, int]:
+    """Pixels right and down from frame number - 1 to this one: different for each of 81."""
+    return number % 9 - 4, number // 9 - 4
+
+
+def read_number(picture: np.ndarray) -> int:
+    """The frame number that a picture carries, whatever its size."""
+    h, w = picture.shape[0] / HEIGHT, picture.shape[1] / WIDTH
+    rows = slice(round(8 * h), round((BLOCK - 8) * h))
+    high, low = (picture[rows, round((x + 8) * w) : round((x + BLOCK - 8) * w)].mean() for x in (0, BLOCK))
+    return 16 * (int(high) // 16) + int(low) // 16
+
+
+def read_motion(maps: np.ndarray) -> list[int | None]:
+    """The frame number that each motion map (W, rows, cols, 2) belongs to; None where it has no vectors."""
+    found: list[int | None] = []
+    for grid in maps:
+        vectors = grid[3:, 6:].reshape(-1, 2)  # below and right of the blocks
+        vectors = vectors[vectors[:, 0] != INTRA]
+        if not len(vectors):
+            found.append(None)
+            continue
+        dx, dy = np.round(np.median(vectors, 0) / 4).astype(int)  # quarter pixels
+        found.append(int(dx + 4 + 9 * (dy + 4)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    folder = tmp_path_factory.mktemp("numbered")
+    texture = smooth_texture(np.random.default_rng(0), HEIGHT, WIDTH)
+    frames, x, y = [], 0, 0
+    for number in range(FRAMES):
+        dx, dy = displacement(number)
+        x, y = x + dx, y + dy
+        frame = np.roll(texture, (y, x), axis=(0, 1))
+        frame[:BLOCK, :BLOCK], frame[:BLOCK, BLOCK : 2 * BLOCK] = 16 * (number // 16) + 8, 16 * (number % 16) + 8
+        frames.append(frame)
+    write_video(folder / "videos" / "numbered.mp4", np.stack(frames))
+    return make_shards(folder, folder / "videos", ["numbered.mp4"], ["one"], settings=TINY)
+
+
+def without_iframes(first: int, count: int) -> list[int | None]:
+    return [n if n % 12 else None for n in range(first, first + count)]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(16, 4, 8, 2, "future", negatives=2), Sampling(9, 3, 5, 4, "current", negatives=2)]
+)
+def test_clips_and_windows_hold_the_frames_they_should(numbered: ShardSet, sampling: Sampling) -> None:
+    data = PretrainSet(numbered, None, sampling, Cropping(), Photometric(), seed=1)
+    frames, stride, window, gap = sampling.frames, sampling.stride, sampling.motion_frames, sampling.gap
+    starts = set()
+    for epoch in range(12):
+        sample = data[epoch, 0]
+        clip = [read_number(picture) for picture in sample["clip"]]
+        assert clip == [clip[0] + stride * t for t in range(frames)]
+        starts.add(clip[0])
+        iframe = read_number(sample["iframe"])
+        assert iframe % 12 == 0 and clip[0] - 5 <= iframe <= clip[-1] + 5
+        positive, *negatives = (read_motion(maps) for maps in sample["motion"])
+        if sampling.period == "future":
+            first = clip[-1] + 1 + gap  # the motion into the frame after the gap
+        else:  # as many frames of the clip before the window as after it, or one fewer
+            span = clip[-1] - clip[0] + 1
+            first = min(max(clip[0] + (span - window) // 2, 0), FRAMES - window)
+        assert positive == without_iframes(first, window)
+        for negative in negatives:
+            place, number = next((i, n) for i, n in enumerate(negative) if n is not None)
+            assert negative == without_iframes(number - place, window)
+            assert abs(number - place - first) >= window
+    assert len(starts) > 3

@@ -1,4 +1,4 @@
-"""Networks: shapes, how they start, and references that share no code with what they check."""
+"""Networks: sizes, references that share no code with what they check, how they start."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from train.networks import build_predictor, build_video_network
 from train.networks.c3d import C3D
+from train.networks.heads import MLPHead
 from train.networks.predictor import Attention, ConvGRUPredictor, TransformerPredictor
 from train.networks.resnet import BasicBlock, Bottleneck, ResNet, r2d10, r2plus1d26, r3d10, r3d26
 
@@ -51,31 +52,98 @@ def small_transformer(**changes: float) -> TransformerPredictor:
     return network
 
 
-# ---------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------- sizes, worked out by hand from the tables of the papers
 
 
-def test_shapes_at_full_size() -> None:
-    clip = (2, 3, 16, 112, 112)
-    c3d = on_meta(C3D)
-    assert meta_shape(c3d, *clip) == meta_shape(c3d.forward_pretrain, *clip) == (2, 512, 2, 7, 7)
-    for build in (r3d26, r2plus1d26):
-        network = on_meta(build)
-        assert meta_shape(network, *clip) == (2, 2048, 2, 4, 4)
-        assert meta_shape(network.forward_pretrain, *clip) == (2, 2048, 2, 7, 7)
-        assert network.channels == 2048 and network.pretrain_grid(16, 112, 112) == (2, 7, 7)
-    motion = on_meta(lambda: r3d10(2, stem_stride=1))
-    assert meta_shape(motion, 2, 2, 8, 112, 112) == (2, 512, 1, 7, 7)
-    assert motion.channels == c3d.channels == 512 and motion.grid(8, 112, 112) == (1, 7, 7)
-    assert meta_shape(on_meta(r2d10), 2, 3, 1, 112, 112) == (2, 512, 1, 4, 4)
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_shapes_of_the_small_networks_match_the_small_motion_map() -> None:
-    video = on_meta(lambda: r3d10(width=16))
-    assert meta_shape(video, 2, 3, 8, 64, 64) == (2, 128, 1, 2, 2)
-    assert meta_shape(video.forward_pretrain, 2, 3, 8, 64, 64) == (2, 128, 1, 4, 4)
-    assert meta_shape(on_meta(lambda: C3D(width=16)).forward_pretrain, 2, 3, 8, 64, 64) == (2, 128, 1, 4, 4)
-    assert meta_shape(on_meta(lambda: r3d10(2, 16, 1)), 2, 2, 8, 64, 64) == (2, 128, 1, 4, 4)
-    assert meta_shape(on_meta(lambda: r2d10(width=16)), 2, 3, 1, 64, 64) == (2, 128, 1, 2, 2)
+def unit(channels: int, out: int, kernel: int) -> int:
+    """A convolution without bias, of so many positions, and its norm's scale and shift."""
+    return channels * out * kernel + 2 * out
+
+
+def factored(channels: int) -> int:
+    """3x3x3 from and to so many channels as 3x3, then 3: 27 c c / (9 c + 3 c) = 2.25 c channels between."""
+    return unit(channels, channels * 9 // 4, 9) + unit(channels * 9 // 4, channels, 3)
+
+
+def full(channels: int) -> int:
+    return unit(channels, channels, 27)
+
+
+def bottlenecks(middle: Callable[[int], int]) -> int:
+    """Four layers of two blocks, down to c, in the middle, up to 4 c; the first block of each has a shortcut."""
+    total = 0
+    for before, c in ((64, 64), (256, 128), (512, 256), (1024, 512)):
+        total += unit(before, c, 1) + middle(c) + unit(c, 4 * c, 1) + unit(before, 4 * c, 1)
+        total += unit(4 * c, c, 1) + middle(c) + unit(c, 4 * c, 1)
+    return total
+
+
+def basic(kernel: int) -> int:
+    """Four layers of one block of two convolutions; the shortcut of the first is the identity."""
+    total = 2 * unit(64, 64, kernel)
+    for before, c in ((64, 128), (128, 256), (256, 512)):
+        total += unit(before, c, kernel) + unit(c, c, kernel) + unit(before, c, 1)
+    return total
+
+
+C3D_PLANES = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
+# The channels between of the factored stem: 3*49*3*64 / (49*3 + 3*64) = 28224 / 339 = 83.3.
+FACTORED_STEM = unit(3, 83, 7 * 7) + unit(83, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "channels"),
+    [
+        ("c3d", sum(unit(a, b, 27) for a, b in C3D_PLANES), 512),
+        ("r3d26", unit(3, 64, 3 * 7 * 7) + bottlenecks(full), 2048),
+        ("r2plus1d26", FACTORED_STEM + bottlenecks(factored), 2048),
+        ("r3d10", unit(3, 64, 3 * 7 * 7) + basic(27), 512),
+    ],
+)
+def test_video_networks_by_name_at_full_size(name: str, parameters: int, channels: int) -> None:
+    network = on_meta(lambda: build_video_network(name))
+    assert count(network) == parameters and network.channels == channels
+    assert meta_shape(network.forward_pretrain, 1, 3, 16, 112, 112) == (1, channels, 2, 7, 7)
+
+
+def test_motion_and_iframe_networks_at_full_size() -> None:
+    motion, iframe = on_meta(lambda: r3d10(2, stem_stride=1)), on_meta(r2d10)
+    assert count(motion) == unit(2, 64, 3 * 7 * 7) + basic(27) and count(iframe) == unit(3, 64, 7 * 7) + basic(9)
+    assert meta_shape(motion, 1, 2, 8, 112, 112) == (1, 512, 1, 7, 7)  # the video networks' points
+    assert meta_shape(iframe, 1, 3, 1, 112, 112) == (1, 512, 1, 4, 4)
+
+
+@pytest.mark.parametrize(("channels", "out_channels"), [(2048, 512), (512, 128)])
+def test_parameter_count_of_the_transformer(channels: int, out_channels: int) -> None:
+    attention = 4 * 512 * 512 + 3 * 512  # queries, keys, values, output; keys without bias
+    feed_forward = 512 * 512 + 512 + 512 * 512 + 512
+    norm = 512 + 512
+    last = 0 if out_channels == 512 else 512 * 128 + 128
+    transformer = on_meta(lambda: build_predictor("transformer", channels, out_channels, (2, 7, 7), (1, 7, 7)))
+    assert count(transformer) == (
+        channels * 512 + 512  # linear map in
+        + 98 * 512 + 49 * 512 + 49 * 512  # positions of the 98 tokens, of the 49 queries; queries
+        + 2 * (attention + feed_forward + 2 * norm)  # encoder
+        + 4 * (attention + attention + feed_forward + 3 * norm)  # decoder
+        + last
+    )  # fmt: skip
+
+
+def test_parameter_counts_of_the_conv_gru_and_of_a_head() -> None:
+    assert count(on_meta(lambda: build_predictor("convgru", 2048, 512, (2, 7, 7), (1, 7, 7)))) == (
+        2048 * 512 + 512  # linear map in
+        + 3 * ((512 + 512) * 512 * 9 + 512)  # update gate, reset gate and candidate, from input and state
+        + 512 * 512 + 512 + 512 * 512 + 512  # prediction
+    )  # fmt: skip
+    # No biases: the norms have them.
+    assert count(on_meta(lambda: MLPHead(2048))) == 2048 * 2048 + 2 * 2048 + 2048 * 512 + 2 * 512
+
+
+# ------------------------------------------------------------------------------------------------- backbones' maps
 
 
 @settings(max_examples=6, deadline=None)
@@ -97,67 +165,6 @@ def test_grids_are_those_of_the_maps(frames: int, height: int, width: int, strid
             c3d(torch.empty(shape, device="meta"))
     else:
         assert meta_shape(c3d, *shape) == (2, 16, *c3d.grid(frames, height, width))
-
-
-# ------------------------------------------------------------------------------------------------ how networks start
-
-
-@pytest.mark.parametrize("build", [r3d26, r2plus1d26, r3d10, r2d10])
-def test_residual_branches_start_at_zero(build: Callable[..., ResNet]) -> None:
-    torch.manual_seed(0)
-    network = build(width=4)
-    blocks = 0
-
-    def check(block: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        nonlocal blocks
-        blocks += 1
-        expected = inputs[0]
-        if len(list(block.shortcut.children())):
-            convolution, norm = block.shortcut
-            norm = nn.BatchNorm3d(norm.num_features)  # a fresh one, in training mode as the network's
-            expected = norm(convolution(expected))
-        torch.testing.assert_close(out, expected.clamp(min=0))
-        assert out.abs().max() > 0
-
-    for module in network.modules():
-        if isinstance(module, Bottleneck | BasicBlock):
-            module.register_forward_hook(check)
-    with torch.no_grad():
-        network(torch.randn(2, 3, 8, 64, 64))
-    assert blocks == (8 if build in (r3d26, r2plus1d26) else 4)
-
-
-def test_convolutions_start_at_he_fan_out() -> None:
-    torch.manual_seed(0)
-    for network in (r3d10(width=16), r2plus1d26(width=16), r2d10(width=16), C3D(width=16)):
-        for module in network.modules():
-            if isinstance(module, nn.Conv3d) and module.weight.numel() > 20_000:
-                out_channels, _, time, height, width = module.weight.shape
-                expected = (2 / (out_channels * time * height * width)) ** 0.5
-                assert module.weight.std().item() == pytest.approx(expected, rel=0.03)
-                assert abs(module.weight.mean().item()) < 0.03 * expected
-
-
-@pytest.mark.parametrize("build", [C3D, r3d26, r2plus1d26, r3d10, lambda width: r3d10(2, width, stem_stride=1), r2d10])
-def test_gradients_reach_every_parameter_of_a_backbone(build: Callable[..., C3D | ResNet]) -> None:
-    torch.manual_seed(0)
-    network = wake(build(width=4)).double()
-    channels = next(network.parameters()).shape[1]
-    x = torch.randn(2, channels, 16, 48, 48, dtype=torch.float64)
-    if build is r2d10:
-        out = network(x[:, :, :1])
-    else:
-        out = network.forward_pretrain(x)
-    assert_gradients(network, out)
-
-
-def assert_gradients(network: nn.Module, out: Tensor) -> None:
-    (out * torch.randn_like(out)).sum().backward()
-    missing = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-7]
-    assert missing == []
-
-
-# ------------------------------------------------------------------------------------------------- backbones' maps
 
 
 def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -264,22 +271,24 @@ def test_c3d_equals_its_layers_one_by_one() -> None:
         torch.testing.assert_close(network(x), expected)
 
 
-# -------------------------------------------------------------------------------------------- choosing, and refusing
+# ------------------------------------------------------------------------------------------------ how networks start
 
 
-@pytest.mark.parametrize(("name", "channels"), [("c3d", 128), ("r3d26", 512), ("r2plus1d26", 512), ("r3d10", 128)])
-def test_video_networks_by_name(name: str, channels: int) -> None:
-    network = on_meta(lambda: build_video_network(name, width=16))
-    assert network.channels == channels
-    assert meta_shape(network.forward_pretrain, 1, 3, 16, 112, 112) == (1, channels, 2, 7, 7)
+@pytest.mark.parametrize("build", [r3d26, r2plus1d26, r3d10, r2d10, C3D])
+def test_convolutions_start_at_he_fan_out_and_residual_branches_at_zero(build: Callable[..., ResNet | C3D]) -> None:
+    torch.manual_seed(0)
+    network = build(width=16)
+    for module in network.modules():
+        if isinstance(module, Bottleneck | BasicBlock):
+            assert not module.last_norm.weight.any() and not module.last_norm.bias.any()
+        if isinstance(module, nn.Conv3d) and module.weight.numel() > 20_000:
+            out_channels, _, time, height, width = module.weight.shape
+            expected = (2 / (out_channels * time * height * width)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.03)
+            assert abs(module.weight.mean().item()) < 0.03 * expected
 
 
-def test_predictors_by_name() -> None:
-    transformer = build_predictor("transformer", 6, 4, (1, 2, 2), (1, 2, 2), width=16)
-    gru = build_predictor("convgru", 6, 4, (1, 2, 2), (1, 2, 2), width=16)
-    assert isinstance(transformer, TransformerPredictor) and isinstance(gru, ConvGRUPredictor)
-    for network in (transformer, gru):
-        assert network(torch.randn(3, 6, 1, 2, 2)).shape == (3, 4, 1, 2, 2)
+# ----------------------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(

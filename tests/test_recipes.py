@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from running import RUNTIME, Tiny, assert_same_run, lines, run_again
+from running import RUNTIME, Tiny, assert_same_run, run_again
 
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
@@ -19,7 +19,7 @@ from train.config import Finetuning, Optimiser
 from train.draws import largest_stride
 from train.loop import train, update
 from train.model import build_model
-from train.objectives import motion_prediction, motion_targets
+from train.objectives import motion_targets
 from train.recipes import RECIPES
 from train.runs import Origin
 from train.tasks import make_task
@@ -118,32 +118,6 @@ def test_a_run_with_labels_goes_on_as_one_that_nothing_stopped(
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-def parts(model: torch.nn.Module) -> set[str]:
-    found = {name for name, _ in model.named_children()}
-    return found - {"motion"} | {f"motion.{n}" for n, _ in getattr(model, "motion", torch.nn.Module()).named_children()}
-
-
-MOTION = {"motion.network", "motion.predictor", "motion.target_head", "motion.predicted_head"}
-VALUES = {"motion.predictor", "motion.predicted_head", "motion.scale"}
-CONTEXT = {"iframe", "clip_head", "iframe_head"}
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("small", {"video"} | CONTEXT | MOTION),
-        ("small-context", {"video"} | CONTEXT),
-        ("small-motion", {"video"} | MOTION),
-        ("small-mse", {"video"} | VALUES | CONTEXT),
-        ("pretrain-ucf101-c3d-crossent", {"video"} | VALUES | CONTEXT),
-        ("small-scratch", {"video", "dropout", "classifier"}),
-        ("small-regularised", {"video", "dropout", "classifier"} | MOTION),
-    ],
-)
-def test_only_the_parts_it_needs_exist(name: str, expected: set[str]) -> None:
-    assert parts(build_model(smaller(name), 4)) == expected
-
-
 def test_finetuning_begins_from_the_pretrained_network(
     tiny: Tiny, pretrained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,48 +212,6 @@ def test_a_short_video_trains_the_classifier_alone(shards: ShardSet, monkeypatch
         assert serves == (i not in short) == bool(batch["motion"][i].any()) and batch["clip"][i].any()
     _, parts = task.loss(build_model(config, 4), task.inputs(batch), batch)
     assert all(x.isfinite() for x in parts.values())
-
-
-@pytest.mark.parametrize("left", [0, 1, 3])
-def test_videos_left_out_of_equation_2(left: int) -> None:
-    """Against a loop in float64 over the videos that serve, gradients too."""
-    generator = torch.Generator().manual_seed(left)
-    videos, points, width, temperature = 3, 4, 5, 0.3
-
-    def rows(count: int) -> torch.Tensor:
-        x = torch.randn(count, width, generator=generator, dtype=torch.float64)
-        return torch.nn.functional.normalize(x, dim=1).requires_grad_()
-
-    arguments = [rows(videos * points), rows(videos * points), rows(videos * 2 * points)]
-    serves = torch.arange(videos) < left
-    found = motion_prediction(*arguments, temperature, 64, serves=serves)
-    gradients = torch.autograd.grad(found.value, arguments)
-    predicted, positives, negatives = arguments
-    kept = [p for v in range(left) for p in range(v * points, (v + 1) * points)]
-    others = [p for v in range(left) for p in range(v * 2 * points, (v + 1) * 2 * points)]
-    total = torch.zeros((), dtype=torch.float64)
-    for r in kept:
-        logits = torch.stack(
-            [predicted[r] @ positives[k] for k in kept] + [predicted[r] @ negatives[k] for k in others]
-        )
-        total = total + torch.logsumexp(logits / temperature, 0) - predicted[r] @ positives[r] / temperature
-    expected = total / (videos * points)
-    torch.testing.assert_close(found.value, expected)
-    naive = torch.autograd.grad(expected, arguments) if left else [torch.zeros_like(a) for a in arguments]
-    for mine, theirs in zip(gradients, naive, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-def test_metrics_of_each_task(tiny: Tiny, tmp_path: Path) -> None:
-    columns = {
-        "small-mse": ["context_loss", "context_accuracy", "motion_loss"],
-        "small-regularised": ["class_loss", "class_accuracy", "motion_loss", "motion_accuracy"],
-        "small-context": ["context_loss", "context_accuracy"],
-    }
-    for name, own in columns.items():
-        start(tiny, tmp_path / name, smaller(name, epochs=1))
-        for line in lines(tmp_path / name):
-            assert list(line) == ["step", "epoch", "lr", "loss", *own, "gradient_norm"]
 
 
 def test_targets_of_the_paper_s_size_are_8_maps_of_16x16_pixels_in_21_classes() -> None:

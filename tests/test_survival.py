@@ -1,4 +1,4 @@
-"""Nothing that interrupts a run changes what it computes."""
+"""Nothing that interrupts a run changes what it computes; a run goes on only with what it began with."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ import math
 import multiprocessing
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, one_thread, tiny_config, train_command
+from conftest import tiny_config, train_command
 from running import RUNTIME, Tiny, assert_same_run, lines, run_again, start
 
+from preprocess.manifest import Manifest
 from train import __main__ as command
 from train import checkpoint, loader, loop
-from train.config import Config, Optimiser
-from train.loop import Terminated
+from train.config import Config, Objective, Optimiser
+from train.loop import Terminated, train
 
 
-@pytest.mark.parametrize(("at", "workers"), [(1, 0), (6, 1), (9, 2)])
+@pytest.mark.parametrize(("at", "workers"), [(1, 0), (11, 2)])  # before the first checkpoint; in the second epoch
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
     tiny: Tiny, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, workers: int
 ) -> None:
@@ -70,11 +72,11 @@ def stop_at(arguments: list[str], out: Path, step: int, number: int) -> tuple[in
     return os.waitstatus_to_exitcode(ended[1]), errors.read_text()
 
 
-def survive(tiny: Tiny, tmp_path: Path, signals: list[int], config: Config, seed: int) -> None:
-    """Run a command, stopping it by each of `signals` at a random step; then let it end, and compare."""
-    rng, out = random.Random(seed), tmp_path / "disturbed"
-    options = ["--log-steps", "2", "--checkpoint-steps", "5", "--watch-epochs", "2", "--loader-workers"]
-    statuses = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+def survive(tiny: Tiny, out: Path, signals: list[signal.Signals], config: Config, seed: int) -> None:
+    """Run a command, stopping it by each of `signals` at a random step; then let it end."""
+    rng = random.Random(seed)
+    options = ["--log-steps", "2", "--checkpoint-steps", "5", "--watch-epochs", "0", "--loader-workers"]
+    statuses = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
     total = config.epochs * 6
     for position, number in enumerate(signals):
         done = json.loads((out / "checkpoint.json").read_text())["step"] if (out / "checkpoint.json").exists() else 0
@@ -82,32 +84,29 @@ def survive(tiny: Tiny, tmp_path: Path, signals: list[int], config: Config, seed
         step = done + rng.randint(1, max(1, (total - 8 - done) // (len(signals) - position)))
         arguments = train_command(tiny, out, config, *options, str(rng.randint(0, 2)))
         status, errors = stop_at(arguments, out, step, number)
-        assert status == statuses[signal.Signals(number)], errors
+        assert status == statuses[number], errors
         assert "Traceback" not in errors
         if number == signal.SIGTERM:
             saved = json.loads((out / "checkpoint.json").read_text())["step"]
             assert f"terminated: saved at step {saved} of {total}" in errors and saved >= step
         if number == signal.SIGINT:
             assert "interrupted: the same command goes on" in errors
-    finished = subprocess.run(
-        train_command(tiny, out, config, *options, "1"), cwd=ROOT, env=one_thread(), text=True, capture_output=True
-    )
-    assert finished.returncode == 0, finished.stderr
-    start(tiny, tmp_path / "undisturbed", config, replace(RUNTIME, watch_epochs=2), watched=True)
-    assert_same_run(out, tmp_path / "undisturbed")
-    assert sum("heldout_recall" in line for line in lines(out)) == -(-config.epochs // 2)
+    assert command.main(train_command(tiny, out, config, *options, "1")[3:]) == 0
 
 
-def test_killed_and_terminated_it_ends_the_same(tiny: Tiny, tmp_path: Path) -> None:
-    signals = [signal.SIGKILL, signal.SIGTERM]
-    survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=4), seed=random.randrange(1 << 30))
+def test_killed_and_terminated_it_ends_the_same(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    survive(tiny, tmp_path / "run", [signal.SIGKILL, signal.SIGTERM], tiny_config(), seed=random.randrange(1 << 30))
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.soak
 def test_twenty_kills(tiny: Tiny, tmp_path: Path) -> None:
     signals = [signal.SIGKILL] * 20 + [signal.SIGTERM] * 3 + [signal.SIGINT] * 3
     random.shuffle(signals)
-    survive(tiny, tmp_path, [int(s) for s in signals], tiny_config(epochs=30), seed=random.randrange(1 << 30))
+    config = tiny_config(epochs=30)
+    survive(tiny, tmp_path / "run", signals, config, seed=random.randrange(1 << 30))
+    start(tiny, tmp_path / "undisturbed", config)
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_ctrl_c_is_no_traceback(
@@ -153,23 +152,16 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tiny: Tiny, undisturbed: Path, 
     ],
 )
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, spoil
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, spoil
 ) -> None:
-    run_again(monkeypatch, 9, spoil)
-    with pytest.raises(FloatingPointError, match=rf"the {what} is (inf|nan) at step 9;.*lr-per-sample"):
-        start(tiny, tmp_path, runtime=replace(RUNTIME, log_steps=100))
-    state = checkpoint.load(tmp_path / "checkpoint.pt")
-    assert state["step"] == 6
-    assert all(w.isfinite().all() for w in state["model"].values())
-
-
-def test_a_learning_rate_that_explodes_is_an_error_of_one_line(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tiny_config(optimiser=Optimiser(lr_per_sample=1e30, warmup_epochs=0))
-    assert command.main(train_command(tiny, tmp_path / "run", config, "--loader-workers", "0")[3:]) == 1
+    run_again(monkeypatch, 3, spoil)
+    options = ("--loader-workers", "0", "--log-steps", "100", "--checkpoint-steps", "2")
+    assert command.main(train_command(tiny, tmp_path, tiny_config(), *options)[3:]) == 1
     errors = capsys.readouterr().err
-    assert "error: the " in errors and "at step" in errors and "Traceback" not in errors
+    assert re.search(rf"error: the {what} is (inf|nan) at step 3;.*lr-per-sample", errors) and "Traceback" not in errors
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert state["step"] == 2
+    assert all(w.isfinite().all() for w in state["model"].values())
 
 
 def test_weights_that_the_last_step_ruined_are_not_saved(tiny: Tiny, tmp_path: Path) -> None:
@@ -200,41 +192,48 @@ def test_one_process_at_a_time_trains_in_a_folder(tiny: Tiny, tmp_path: Path) ->
         assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_folder_that_does_not_fit_together_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    start(tiny, tmp_path)
-    about = (tmp_path / "run.json").read_bytes()
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"holds checkpoint\.pt without the run\.json"):
-        start(tiny, tmp_path)
-    assert not (tmp_path / "run.json").exists()
-    (tmp_path / "run.json").write_bytes(about)
-    state = checkpoint.load(tmp_path / "checkpoint.pt")
-    checkpoint.save(tmp_path / "checkpoint.pt", state | {"step": 1_000_000})
-    with pytest.raises(ValueError, match="is of step 1000000, and the run has 18"):
-        start(tiny, tmp_path)
-    for damaged in ("[]", "null", "{", "\xff", "{}", '{"recipe": 3}'):
-        (tmp_path / "run.json").write_text(damaged, encoding="latin-1")
-        with pytest.raises(ValueError, match=r"run\.json is damaged"):
-            start(tiny, tmp_path)
+def edit_run(run: Path, text: str) -> None:
+    (run / "run.json").write_text(text, encoding="latin-1")
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def leap(run: Path) -> None:
+    checkpoint.save(run / "checkpoint.pt", checkpoint.load(run / "checkpoint.pt") | {"step": 1_000_000})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "run.json").unlink(), r"holds checkpoint\.pt without the run\.json"),
+        (leap, "is of step 1000000, and the run has 18"),
+        *(
+            (partial(edit_run, text=text), r"run\.json is damaged")
+            for text in ("[]", "null", "{", "\xff", "{}", '{"recipe": 3}')
+        ),
+    ],
+)
+def test_a_folder_that_does_not_fit_together_is_refused(
+    tiny: Tiny, undisturbed: Path, tmp_path: Path, spoil, message: str
 ) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    spoil(run)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        start(tiny, run)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
 
-    def fill_disk(loss: torch.Tensor) -> torch.Tensor:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        return loss
 
-    run_again(monkeypatch, 8, fill_disk)
-    try:
-        with pytest.raises(OSError, match=r"checkpoint\.pt could not be written .* what lay there before is kept"):
-            start(tiny, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 6
-    assert list(tmp_path.glob("*.partial")) == []
+def test_a_run_goes_on_only_with_what_it_began_with(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    run, other = (shutil.copytree(x, tmp_path / x.name) for x in (undisturbed, tiny[0]))
+    next(other.glob("*.sha256")).write_text("another checksum\n")
+    with pytest.raises(ValueError, match=r"another run \(objective\.alpha: 0\.5 there, 0\.75 here\).*another --out"):
+        start(tiny, run, tiny_config(objective=Objective(alpha=0.75)))
+    with pytest.raises(ValueError, match=r"other data \(manifest_sha256: .* there, .* here\).*subset"):
+        train(tiny_config(), RUNTIME, tiny[0], Manifest.read(tiny[1]), run)
+    with pytest.raises(ValueError, match=r"other data \(shards_sha256: "):
+        start((other, tiny[1]), run)
+    (run / "checkpoint.pt").unlink()  # before the first checkpoint, too
+    with pytest.raises(ValueError, match=r"seed: 0 there, 1 here"):
+        start(tiny, run, tiny_config(seed=1))
 
 
 def _worker(ready: Any) -> None:

@@ -1,10 +1,12 @@
-"""What a run computes."""
+"""What a run computes: the golden losses, the rates, what it writes, and a step as the device sees it."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,16 @@ import pytest
 import torch
 from conftest import DATA, make_shards, tiny_config
 from running import RUNTIME, Tiny, lines, start
+from torch.utils.data import default_collate
 
 from preprocess.manifest import Manifest
 from preprocess.shards import Settings, ShardSet
 from train import checkpoint, tasks
-from train.config import Config, Objective, Optimiser
-from train.loop import train
-from train.model import PretrainingModel
+from train.config import Config, Objective, Optimiser, Supervision
+from train.loop import train, update
+from train.model import PretrainingModel, build_model
 from train.optimiser import learning_rate, make_optimiser
+from train.tasks import make_task
 
 
 class Fixed:
@@ -134,18 +138,20 @@ def test_a_run_says_what_made_it(tiny: Tiny, undisturbed: Path) -> None:
     readable = json.loads((undisturbed / "checkpoint.json").read_text())
     assert readable["step"] == 18 and readable["epoch"] == 3
     assert [line["step"] for line in lines(undisturbed)] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18]
+    own = ["context_loss", "context_accuracy", "motion_loss", "motion_accuracy"]
+    for line in lines(undisturbed):
+        assert list(line) == ["step", "epoch", "lr", "loss", *own, "gradient_norm"]
+    assert not (undisturbed / "tensorboard").exists()  # unless asked for
 
 
 def test_kept_epochs_hold_the_weights_of_their_epoch(tiny: Tiny, tmp_path: Path) -> None:
-    start(tiny, tmp_path, runtime=replace(RUNTIME, keep_epochs=(1, 3)))
-    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["checkpoint.pt", "epoch-0001.pt", "epoch-0003.pt"]
-    kept = checkpoint.load(tmp_path / "epoch-0001.pt")
-    assert kept["epoch"] == 1 and "optimiser" not in kept
-    last = checkpoint.load(tmp_path / "checkpoint.pt")
-    torch.testing.assert_close(
-        checkpoint.load(tmp_path / "epoch-0003.pt")["model"], last["model"], rtol=0, atol=0
-    )  # fmt: skip
-    assert not torch.equal(kept["model"]["clip_head.linear1.weight"], last["model"]["clip_head.linear1.weight"])
+    start(tiny, tmp_path, tiny_config(batch_size=6, epochs=3), replace(RUNTIME, keep_epochs=(1, 3)))
+    names = ("epoch-0001.pt", "epoch-0003.pt", "checkpoint.pt")
+    assert {p.name for p in tmp_path.glob("*.pt")} == set(names)
+    first, third, last = (checkpoint.load(tmp_path / name) for name in names)
+    assert first["epoch"] == 1 and "optimiser" not in first
+    torch.testing.assert_close(third["model"], last["model"], rtol=0, atol=0)
+    assert not torch.equal(first["model"]["clip_head.linear1.weight"], last["model"]["clip_head.linear1.weight"])
 
 
 def test_real_videos_train(tmp_path: Path) -> None:
@@ -164,3 +170,57 @@ def test_real_videos_train(tmp_path: Path) -> None:
         tmp_path / "run",
     )
     assert last["step"] == len(paths) // 2 and math.isfinite(last["loss"])
+
+
+# ---- a step as the device sees it: nothing asks for a value and waits; compiled, it is the same
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(objective=Objective(alpha=0.5)),
+        tiny_config(objective=Objective(motion_loss="mse")),
+        tiny_config(objective=Objective(motion_loss="cross_entropy")),
+        tiny_config("small-regularised"),
+        tiny_config("small-regularised", supervision=Supervision("scratch", motion_weight=0.0)),
+    ],
+    ids=["joint", "mse", "cross_entropy", "regularised", "labels"],
+)
+def test_a_step_reads_nothing_back(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
+    """On tensors without memory any .item(), .cpu(), bool(tensor) or shape that depends on values is an error; on a GPU
+    it would make the host wait for all the work it has queued."""
+    # Autocast knows no such device; it changes types, and waits for nothing.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    task = make_task(config, ShardSet(tiny[0]), None)
+    model = build_model(config, 4).to("meta")
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)  # AdamW's counter of steps would lie on a meta tensor
+    batch = {k: v.to("meta") for k, v in default_collate([task.data[0, i] for i in range(4)]).items()}
+    found = update(model, task, optimiser, 0.1, task.inputs(batch), batch, "float32")
+    loss = found["loss"]
+    assert found["gradient_norm"].shape == loss.shape == () and loss.dtype == torch.float32
+    for ask, refusal in (  # such a question would have shown
+        (float, r"Tensor\.item\(\) cannot be called on meta tensors"),
+        (bool, r"Tensor\.item\(\) cannot be called on meta tensors"),
+        (torch.Tensor.cpu, "Cannot copy out of meta tensor"),
+        (torch.Tensor.nonzero, "data-independent implementation does not exist"),
+    ):
+        with pytest.raises(RuntimeError, match=refusal):
+            ask(loss)
+
+
+@pytest.mark.soak  # half a minute to two of compilation
+def test_compiled_steps_are_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
+    # Two steps of what compiles soonest: one network, and no dropout, which would draw other numbers.
+    config = tiny_config("small-scratch", batch_size=6, epochs=1, supervision=Supervision("scratch", dropout=0.0))
+    config = replace(config, networks=replace(config.networks, backbone="c3d"))
+    runtime = replace(RUNTIME, log_steps=1)
+    start(tiny, tmp_path / "eager", config, runtime)
+    start(tiny, tmp_path / "compiled", config, replace(runtime, compile=True))
+    eager, compiled = (lines(tmp_path / name) for name in ("eager", "compiled"))
+    assert [line["step"] for line in compiled] == [1, 2]
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose([c[name] for c in compiled], [e[name] for e in eager], rtol=1e-3)
+    # What is saved has the names of the eager network, whichever wrote it.
+    start(tiny, tmp_path / "compiled", config, runtime)

@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from PIL import Image
 from running import RUNTIME, Tiny, run_again, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.config import Objective
-from train.watch import picture
+from train.watch import Watch, picture
 
 WATCHED = replace(RUNTIME, tensorboard=True)
 TAGS = {
@@ -51,11 +49,6 @@ def check(out: Path) -> None:
     assert all(image.shape == (2 * 32, 8 * 32, 3) and image.std() > 10 for _, image in pictures)
 
 
-def test_metrics_and_pictures(tiny: Tiny, tmp_path: Path) -> None:
-    start(tiny, tmp_path, runtime=WATCHED)
-    check(tmp_path)
-
-
 def test_a_run_that_goes_on_repeats_no_step(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
@@ -68,16 +61,6 @@ def test_a_run_that_goes_on_repeats_no_step(tiny: Tiny, tmp_path: Path, monkeypa
     assert [step for step, _ in read(tmp_path)[0]["loss"]][-1] == 8 and len(read(tmp_path)[1]) == 2
     start(tiny, tmp_path, runtime=WATCHED)
     check(tmp_path)
-
-
-def test_without_motion(tiny: Tiny, tmp_path: Path) -> None:
-    start(tiny, tmp_path, tiny_config(epochs=1, objective=Objective(alpha=0.0)), WATCHED)
-    scalars, ((_, image),) = read(tmp_path)
-    assert "loss/context" in scalars and "loss/motion" not in scalars and image.shape == (64, 4 * 32, 3)
-
-
-def test_nothing_is_written_unless_asked(undisturbed: Path) -> None:
-    assert not (undisturbed / "tensorboard").exists()
 
 
 def test_the_missing_package_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +85,11 @@ def test_the_picture_by_hand() -> None:
         for column, frame in enumerate((0, 2, 4, 6)):
             assert (blocks[row, :, column] == 10 * row + frame).all()
         assert (blocks[row, :, 4:6] == [255, 0, 0]).all() and (blocks[row, :, 6:] == 255).all()
+
+
+def test_the_picture_of_a_run_without_motion(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, 0)
+    watch.clips(1, (torch.zeros(2, 3, 8, 32, 32), None, None))
+    watch.close()
+    ((_, image),) = read(tmp_path)[1]
+    assert image.shape == (2 * 32, 4 * 32, 3)
