@@ -72,10 +72,10 @@ def stop_at(arguments: list[str], out: Path, step: int, number: int) -> tuple[in
     return os.waitstatus_to_exitcode(ended[1]), errors.read_text()
 
 
-def survive(tiny: Tiny, out: Path, signals: list[signal.Signals], config: Config, seed: int) -> None:
+def survive(tiny: Tiny, out: Path, signals: list[signal.Signals], config: Config, seed: int, watch: int = 0) -> None:
     """Run a command, stopping it by each of `signals` at a random step; then let it end."""
     rng = random.Random(seed)
-    options = ["--log-steps", "2", "--checkpoint-steps", "5", "--watch-epochs", "0", "--loader-workers"]
+    options = ["--log-steps", "2", "--checkpoint-steps", "5", "--watch-epochs", str(watch), "--loader-workers"]
     statuses = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
     total = config.epochs * 6
     for position, number in enumerate(signals):
@@ -104,8 +104,8 @@ def test_twenty_kills(tiny: Tiny, tmp_path: Path) -> None:
     signals = [signal.SIGKILL] * 20 + [signal.SIGTERM] * 3 + [signal.SIGINT] * 3
     random.shuffle(signals)
     config = tiny_config(epochs=30)
-    survive(tiny, tmp_path / "run", signals, config, seed=random.randrange(1 << 30))
-    start(tiny, tmp_path / "undisturbed", config)
+    survive(tiny, tmp_path / "run", signals, config, seed=random.randrange(1 << 30), watch=2)
+    start(tiny, tmp_path / "undisturbed", config, replace(RUNTIME, watch_epochs=2), watched=True)
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
