@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 from test_check import assert_found, renew_checksum
 from test_shards import make_anew, put, write
 
-from preprocess import check, flow, pipeline
+from preprocess import check, flow, pipeline, writer
+from preprocess.codec import Codec
 from preprocess.shards import INTRA, Settings, Shard, ShardSet
 from train.data import ClipSet, FinetuneSet, PretrainSet
 from train.draws import Cropping, Photometric, Sampling
@@ -124,6 +126,28 @@ def test_flow_lies_beside_its_shard_in_the_same_bytes_whatever_the_workers(
             "libswscale",
             "machine",
         }
+
+
+def test_a_shard_whose_flow_was_stopped_goes_on_after_its_last_video(
+    without: Path, flowing: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(without, tmp_path / "shards")
+    computed: list[str] = []
+    compute = Codec.run
+
+    def stopping(codec: Codec, verb: str, source: Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        computed.append(source.name)
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        return compute(codec, verb, source, *arguments, **options)
+
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(Codec, "run", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        flow.run(tmp_path / "shards", videos)
+    assert flow.run(tmp_path / "shards", videos) == (2, 0)
+    assert computed == [NAMES[0], NAMES[1], *NAMES[1:]]
+    assert files(tmp_path / "shards") == files(flowing)
 
 
 def test_what_is_missing_is_made_again_and_only_that(copy: Path, videos: Path) -> None:
