@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from preprocess.shards import Settings, ShardSet
+from preprocess.schema import Settings
+from preprocess.shards import ShardSet
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS = Path("../shared/data/clips")  # seen from the repository's root

@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.common import CLIPS, ROOT
 from preprocess import encode, extract, flow, synthetic
-from preprocess.shards import INTRA, QUARTERS, Settings
+from preprocess.schema import INTRA, QUARTERS, Settings
 
 CLIP = "v_SoccerJuggling_g23_c01.avi"
 UCF101_FRAMES = 27 * 3600 * 25  # 27 hours at 25 frames a second

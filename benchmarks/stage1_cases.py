@@ -96,7 +96,7 @@ def run_ours(scratch: Path, videos_per_shard: int, workers: int) -> dict[str, in
     from preprocess import pipeline
     from preprocess.codec import Codec
     from preprocess.manifest import Manifest
-    from preprocess.shards import Settings
+    from preprocess.schema import Settings
 
     settings = Settings()
     assert (settings.width, settings.height, settings.gop, settings.quantiser) == (WIDTH, HEIGHT, GOP, QUANTISER)
@@ -191,7 +191,7 @@ class Stopwatch:
 def run_phases(scratch: Path, videos: list[str]) -> dict[str, Any]:
     """What child and parent do, in this one process, and the seconds of CPU time of each phase."""
     from preprocess import codec, encode, extract, writer
-    from preprocess.shards import Origin, Settings
+    from preprocess.schema import Origin, Settings
 
     watch = Stopwatch()
     for module, name, phase in (

@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import simplejpeg
 
-from preprocess.shards import Settings, Shard
+from preprocess.schema import Settings
+from preprocess.shards import Shard
 from train import data as reading
 from train.data import PretrainSet
 

@@ -12,7 +12,8 @@ import simplejpeg
 
 from eval import figures
 from preprocess.draw import arrows, colour_view, enlarge
-from preprocess.shards import INTRA, QUARTERS, Shard, ShardSet
+from preprocess.schema import INTRA, QUARTERS
+from preprocess.shards import Shard, ShardSet
 
 if TYPE_CHECKING:
     from eval.retrieve import Retrieval

@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NoReturn
 import tyro
 
 from preprocess.command import DONE, ERROR, TERMINATED, WITH_FAILURES, ended
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 
 
 def run(

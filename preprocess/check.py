@@ -15,18 +15,8 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from preprocess.shards import (
-    INTRA,
-    JOURNAL,
-    SCHEMA,
-    Shard,
-    ShardSet,
-    checksum_path,
-    file_sha256,
-    flow_path,
-    shard_paths,
-    work_path,
-)
+from preprocess.schema import INTRA, JOURNAL, SCHEMA, checksum_path, file_sha256, flow_path, shard_paths, work_path
+from preprocess.shards import Shard, ShardSet
 
 ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
 END_OF_IMAGE = (0xFF, 0xD9)  # the marker that a whole JPEG ends with

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import joblib
 
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 from preprocess.writer import Spool
 
 PR_SET_PDEATHSIG = 1

@@ -22,7 +22,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from av.video.stream import VideoStream
 
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 
 TICK = Fraction(1, 25)  # time between frames of the encoded stream, seconds; nothing reads it
 MIN_DECODED = 0.9  # half an AVI decodes without any error: what a container declares is held against what came out

@@ -14,7 +14,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorRange, VideoReformatter
 
 from preprocess.encode import pixels, side_data
-from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings
+from preprocess.schema import INTRA, MACROBLOCK, QUARTERS, Settings
 
 # FFmpeg's AVMotionVector. PyAV's own way to an array builds this type anew for every frame, which takes longer.
 RECORD = np.dtype(
@@ -39,7 +39,7 @@ class Group(NamedTuple):
     iframe: bytes
     """JPEG of the first at the encoded size."""
     motion: np.ndarray
-    """int16 (n, rows, cols, 2), as `preprocess.shards` defines it."""
+    """int16 (n, rows, cols, 2), as `preprocess.schema` defines it."""
 
 
 def groups(packets: Iterable[av.Packet], settings: Settings, file: Path | None = None) -> Iterator[Group]:

@@ -22,7 +22,8 @@ from preprocess.codec import Codec, CodecError, plain, spread
 from preprocess.command import say
 from preprocess.encode import pixels
 from preprocess.pipeline import Progress, library_versions
-from preprocess.shards import INTRA, MACROBLOCK, QUARTERS, Settings, Shard, ShardSet, flow_path
+from preprocess.schema import INTRA, MACROBLOCK, QUARTERS, Settings, flow_path
+from preprocess.shards import Shard, ShardSet
 from preprocess.writer import Busy, working, write_flow
 
 LIBRARIES = ("av", "numpy", "scikit-image", "scipy")
@@ -97,7 +98,7 @@ def make_flow(
 
 
 def maps(pictures: Iterable[av.VideoFrame], settings: Settings) -> Iterator[np.ndarray]:
-    """Flow of every frame of the encoded stream: int16 (rows, cols, 2) as `preprocess.shards` defines it.
+    """Flow of every frame of the encoded stream: int16 (rows, cols, 2) as `preprocess.schema` defines it.
 
     The first is all `INTRA`: nothing precedes it. I-frames have flow as any other frame.
     """

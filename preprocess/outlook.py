@@ -13,7 +13,8 @@ import numpy as np
 
 from preprocess.command import say
 from preprocess.manifest import Manifest
-from preprocess.shards import Settings, Shard, shard_paths
+from preprocess.schema import Settings, shard_paths
+from preprocess.shards import Shard
 
 LOOKED_AT = 1000  # videos of a manifest; on a busy file system each takes a millisecond
 WITNESSES = 16  # of those found
@@ -96,9 +97,11 @@ def declared_frames(sources: Sequence[Path]) -> list[float]:
 def _main(paths: Sequence[str]) -> None:
     import av
 
+    from preprocess.encode import ONLY_ITSELF
+
     for path in paths:
         try:
-            with open(path, "rb") as file, av.open(file, "r") as container:
+            with open(path, "rb") as file, av.open(file, "r", container_options=ONLY_ITSELF) as container:
                 video = container.streams.video[0]
                 seconds = float((container.duration or 0) / av.time_base)
                 frames = video.frames or seconds * float(video.average_rate or 0)

@@ -27,7 +27,8 @@ from preprocess.codec import Codec, CodecError, Reader, plain, spread
 from preprocess.command import say
 from preprocess.files import replacing
 from preprocess.manifest import Manifest
-from preprocess.shards import Failure, Origin, Settings, Shard, shard_name, shard_paths
+from preprocess.schema import Failure, Origin, Settings, shard_name, shard_paths
+from preprocess.shards import Shard
 from preprocess.writer import Busy, Journal, Spool, Video, copy_video, working, write_shard
 
 Backend = Literal["processes", "dask"]

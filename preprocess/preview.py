@@ -23,7 +23,8 @@ import simplejpeg
 
 from preprocess.draw import DPI, Image, arrows, colour_view, enlarge, new_figure, pixels, wheel_legend
 from preprocess.files import replacing
-from preprocess.shards import INTRA, QUARTERS, Shard, ShardSet
+from preprocess.schema import INTRA, QUARTERS
+from preprocess.shards import Shard, ShardSet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

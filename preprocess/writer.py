@@ -24,7 +24,7 @@ import numpy as np
 
 from preprocess.check import content_problems
 from preprocess.command import say
-from preprocess.shards import (
+from preprocess.schema import (
     COPY_BYTES,
     FLOW_FORMAT,
     FLOW_VERSION,
@@ -35,7 +35,6 @@ from preprocess.shards import (
     VERSION,
     Failure,
     Origin,
-    Shard,
     checksum_path,
     even_times,
     file_sha256,
@@ -43,6 +42,7 @@ from preprocess.shards import (
     shard_name,
     work_path,
 )
+from preprocess.shards import Shard
 
 HEADER_BYTES = 1 << 16  # more than HDF5 needs for the names and places of the datasets
 SAVE_SECONDS = 5.0  # what a kill may cost; a disk that is made to take every short video at once slows everything

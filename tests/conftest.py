@@ -17,7 +17,8 @@ import pytest
 
 from preprocess import pipeline
 from preprocess.manifest import Manifest
-from preprocess.shards import Settings, ShardSet
+from preprocess.schema import Settings
+from preprocess.shards import ShardSet
 from train.config import Config, Networks, flatten
 from train.draws import Sampling
 from train.recipes import RECIPES

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from preprocess.shards import INTRA, Shard, ShardSet
+from preprocess.schema import INTRA
+from preprocess.shards import Shard, ShardSet
 from train import augment
 from train.augment import crop, crop_motion, fixed_box, normalise, photometric
 from train.data import decode_frames

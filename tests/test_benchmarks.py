@@ -13,7 +13,7 @@ from conftest import ROOT, one_thread, panned, write_video
 from benchmarks import motion_loss, train_step
 from benchmarks.stage1_cases import LIMIT_PHASES, OUR_PHASES, limit_packets, run_limit
 from preprocess import encode
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 
 
 def run(name: str, *options: str) -> str:

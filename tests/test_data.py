@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from preprocess.manifest import Manifest
-from preprocess.shards import INTRA, Failure, Origin, Settings, ShardSet
+from preprocess.schema import INTRA, Failure, Origin, Settings
+from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
 from train.data import ClipSet, EpochSampler, FinetuneSet, PretrainSet, decode_frames, select
 from train.draws import Cropping, Photometric, Sampling

@@ -11,7 +11,8 @@ from conftest import TINY, make_shards, smooth_texture, write_video
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from preprocess.shards import INTRA, ShardSet
+from preprocess.schema import INTRA
+from preprocess.shards import ShardSet
 from train.data import PretrainSet
 from train.draws import (
     Cropping,

@@ -20,7 +20,8 @@ from test_restart import session, wait_for
 from preprocess import check
 from preprocess.codec import Codec, plain
 from preprocess.manifest import Manifest
-from preprocess.shards import Settings, ShardSet
+from preprocess.schema import Settings
+from preprocess.shards import ShardSet
 
 TINY = Settings(width=64, height=48, frame_width=48, frame_height=32)
 
@@ -308,7 +309,7 @@ BAD_RUN = """
 import sys
 from pathlib import Path
 from preprocess import codec, pipeline
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 
 folder = Path(sys.argv[1])
 codec.Codec.command = (sys.executable, str(folder / "bad_codec.py"))

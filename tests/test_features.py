@@ -20,7 +20,7 @@ from eval import features
 from eval.features import prepare
 from eval.results import Data
 from preprocess.manifest import Manifest
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 from train import checkpoint, data, loop, tasks
 from train.config import Objective
 from train.model import PretrainingModel

@@ -16,7 +16,7 @@ import simplejpeg
 from conftest import make_shards, panned, remux
 
 from preprocess import check, codec, encode
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 from preprocess.writer import Spool
 
 TINY = Settings(width=64, height=48, frame_width=64, frame_height=48, quantiser=2, jpeg_quality=95)

@@ -15,7 +15,7 @@ from conftest import make_shards, panned, write_video
 
 from preprocess import check, codec, pipeline
 from preprocess.codec import Codec
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 from preprocess.writer import Spool
 
 TINY = Settings(width=64, height=48, frame_width=48, frame_height=32)

@@ -23,7 +23,8 @@ from test_shards import make_anew, put, write
 
 from preprocess import check, flow, pipeline, writer
 from preprocess.codec import Codec
-from preprocess.shards import INTRA, Settings, Shard, ShardSet
+from preprocess.schema import INTRA, Settings
+from preprocess.shards import Shard, ShardSet
 from train.data import ClipSet, FinetuneSet, PretrainSet
 from train.draws import Cropping, Photometric, Sampling
 

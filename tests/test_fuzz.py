@@ -10,7 +10,7 @@ import pytest
 from conftest import make_shards, panned, remux, write_video
 
 from preprocess import check
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 
 TINY = Settings(width=64, height=48, frame_width=48, frame_height=32)
 UNDECLARED = ("mpegts", "mpeg")  # containers that say neither how many frames they hold nor how long they last

@@ -17,7 +17,8 @@ MODULES = {
     )
     for package in ("preprocess", "train", "eval")
 }
-SHARED = {"preprocess.shards", "preprocess.draw", "preprocess.manifest", "preprocess.files", "preprocess.command"}
+NAMES = ("schema", "shards", "draw", "manifest", "files", "command")
+SHARED = {f"preprocess.{name}" for name in NAMES}
 """What of stage 1 the later stages may use."""
 
 BLOCK = """

@@ -22,7 +22,8 @@ from conftest import make_shards, panned, write_video
 from preprocess import __main__, pipeline
 from preprocess.codec import Codec
 from preprocess.manifest import Manifest
-from preprocess.shards import Settings, Shard
+from preprocess.schema import Settings
+from preprocess.shards import Shard
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Settings(width=64, height=48, frame_width=48, frame_height=32)

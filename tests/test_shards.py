@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess import check
-from preprocess.shards import INTRA, Failure, Origin, Settings, Shard, ShardSet
+from preprocess.schema import INTRA, Failure, Origin, Settings
+from preprocess.shards import Shard, ShardSet
 from preprocess.writer import Spool, Video, write_shard
 
 TINY = Settings(width=64, height=34, frame_width=32, frame_height=16)  # a grid of 3 x 4, which overhangs the height

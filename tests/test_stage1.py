@@ -22,7 +22,8 @@ from PIL import Image
 
 from preprocess import codec, encode, extract
 from preprocess.manifest import Manifest
-from preprocess.shards import INTRA, Settings, ShardSet
+from preprocess.schema import INTRA, Settings
+from preprocess.shards import ShardSet
 from preprocess.writer import Spool
 
 SMALL = Settings(width=128, height=96, frame_width=96, frame_height=64)
@@ -339,7 +340,7 @@ STAGE_1 = """
 import json, sys
 from pathlib import Path
 from preprocess import codec, pipeline
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 
 def peak(process):
     lines = Path(f"/proc/{process}/status").read_text().splitlines()

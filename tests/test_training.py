@@ -19,7 +19,8 @@ from running import RUNTIME, Tiny, lines, start
 from torch.utils.data import default_collate
 
 from preprocess.manifest import Manifest
-from preprocess.shards import Settings, ShardSet
+from preprocess.schema import Settings
+from preprocess.shards import ShardSet
 from train import checkpoint, tasks
 from train.config import Config, Objective, Optimiser, Supervision
 from train.loop import train, update

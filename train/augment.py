@@ -26,7 +26,7 @@ from kornia.enhance import (
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
-from preprocess.shards import INTRA, MACROBLOCK, QUARTERS
+from preprocess.schema import INTRA, MACROBLOCK, QUARTERS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from preprocess.shards import Settings
+from preprocess.schema import Settings
 from train import augment
 from train.config import Config
 from train.data import Modality

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from preprocess.manifest import Manifest
-from preprocess.shards import Settings, ShardSet
+from preprocess.schema import Settings
+from preprocess.shards import ShardSet
 from train import augment
 from train.config import Config, Finetuning, Pretraining
 from train.data import EpochSampler, FinetuneSet, PretrainSet
