@@ -186,7 +186,7 @@ def _decode(container: InputContainer, stream: VideoStream, source: Source) -> I
     while True:
         try:
             packet = next(packets)
-        except StopIteration:
+        except (StopIteration, IndexError):  # PyAV's, at the end, where a stream appeared in mid-file
             if fragmented:
                 source.errors += ["a fragment promises more"] * (len(stream.index_entries) - source.packets)
             return

@@ -356,6 +356,25 @@ def test_no_file_shows_another(kind: str, tmp_path: Path) -> None:
 # ---- when frames are shown
 
 
+def test_a_stream_that_appears_in_mid_file_ends_nothing_early(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "1.ts", FRAMES[:30]), write(tmp_path / "2.ts", FRAMES[:20], sound=1)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    with av.open(str(joined)) as real:
+
+        class Container:
+            """PyAV ends so at times: it asks for the new stream in a list made at the start."""
+
+            format, streams = real.format, real.streams
+
+            def demux(self, *streams):
+                yield from real.demux(*streams)
+                raise IndexError("list index out of range")
+
+        assert len(list(encode._decode(Container(), real.streams.video[0], encode.Source()))) == 50
+    assert len(convert(joined).frames) == 50
+
+
 @pytest.mark.parametrize("end", ["mp4", "mkv", "flv"])
 def test_a_variable_rate_keeps_its_times(end: str, tmp_path: Path) -> None:
     codec_name, options, _ = CONTAINERS[f"a.{end}"]
