@@ -215,7 +215,7 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
     """How many frames the container promises to show, 0 where it does not say.
 
     Where it declares a duration instead of a count, that times the rate. Where the rate varies, a duration tells only
-    whether the file goes on to its end: then what came out is all there is.
+    whether the file goes on to its end: then what it holds is all there is.
     """
     if stream.frames:
         return stream.frames - source.hidden
@@ -229,7 +229,7 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
         if source.end >= MIN_DECODED * duration:  # of the longest stream, which may be sound
             duration = min(duration, times[-1] + 1 / source.fps) if source.fps else 0
     if source.is_variable and max(times) >= MIN_DECODED * duration:
-        return source.frames
+        return source.packets - source.hidden  # frames that are lost here and there look like a variable rate too
     return round(duration * source.fps) - source.hidden
 
 

@@ -174,6 +174,19 @@ def test_a_hole_is_refused(tmp_path: Path) -> None:
             convert(tmp_path / f"{name}.mkv")
 
 
+def test_frames_lost_here_and_there_are_no_variable_rate(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.mkv", gop=1)
+    with av.open(str(whole)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray(whole.read_bytes())
+    for number in np.random.default_rng(0).permutation(np.arange(1, 99))[:40].tolist():
+        start, size = packets[number]
+        data[start + 8 : start + size] = b"\xff" * (size - 8)
+    (tmp_path / "b.mkv").write_bytes(data)
+    with pytest.raises(ValueError, match="declared frames decode"):
+        convert(tmp_path / "b.mkv")
+
+
 def test_frames_that_the_decoder_patched_up_are_counted(tmp_path: Path) -> None:
     whole = write(tmp_path / "a.mp4", gop=12)
     data = bytearray(whole.read_bytes())
