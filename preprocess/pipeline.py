@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import av
 import numpy as np
+from av import library_versions as av_versions
 from tqdm import tqdm
 
 from preprocess import outlook
@@ -292,7 +292,7 @@ def plan(manifest: Manifest, settings: Settings, videos_per_shard: int, **common
 
 def library_versions(names: Sequence[str]) -> dict[str, str]:
     """Versions of what shapes a file's bytes, FFmpeg's libraries and the kind of CPU among it."""
-    ffmpeg = {name: ".".join(map(str, av.library_versions[name])) for name in FFMPEG}
+    ffmpeg = {name: ".".join(map(str, av_versions[name])) for name in FFMPEG}
     return {name: version(name) for name in names} | ffmpeg | {"machine": platform.machine()}
 
 
