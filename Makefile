@@ -37,10 +37,10 @@ demo-all: demo
 	$(PY) -m eval report --runs $(OUT) --gallery $(OUT)/joint $(OUT)/context $(OUT)/motion $(SCENES) --out $(OUT)/report.html
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
 
 soak: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m soak
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m soak --timeout 3600
 
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.stage1

@@ -35,6 +35,11 @@ UNSPECIFIED = 2  # matrix or primaries
 TALLEST_SD = 576  # untagged video taller than this is BT.709 by convention, else BT.601
 MATRICES = (Colorspace.ITU709, Colorspace.FCC, Colorspace.SMPTE240M, Colorspace.BT2020)  # that are not BT.601's
 HIGH_DYNAMIC_RANGE = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ, HLG
+H264 = {"crf": "12", "preset": "veryfast"}
+# x264 decides otherwise on a CPU with other instructions, and its macroblock tree reads memory that nobody wrote.
+X264 = ["cpu-independent=1", "mbtree=0"]
+BT601 = np.array([(16829, 33039, 6416), (-9714, -19070, 28784), (28784, -24103, -4681)])
+"""Y, U and V of R, G and B, limited range, in parts of 65536."""
 
 
 @dataclass
@@ -151,14 +156,12 @@ def _encoder(settings: Settings) -> VideoCodecContext:
 
 
 def film(path: Path, pictures: Iterable[np.ndarray], rate: Fraction, codec: str | None = None) -> None:
-    """Write RGB pictures, uint8 (H, W, 3) of one even size, as an mp4, nearly without loss. One thread: the same bytes.
+    """Write RGB pictures, uint8 (H, W, 3) of one even size, as an mp4, nearly without loss.
 
-    codec: an FFmpeg encoder; None takes `film_codec`.
+    The same pictures give the same bytes, on any kind of CPU. codec: an FFmpeg encoder; None takes `film_codec`.
     """
     name = codec or film_codec()
-    # Without its macroblock tree, which reads memory that nobody wrote: the same frames would give different bytes.
-    h264 = {"crf": "12", "preset": "veryfast", "x264-params": "mbtree=0"}
-    options = h264 if name == "libx264" else {"qmin": "2", "qmax": "2"}
+    options = {**H264, "x264-params": ":".join(X264)} if name == "libx264" else {"qmin": "2", "qmax": "2"}
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(name, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
@@ -166,7 +169,7 @@ def film(path: Path, pictures: Iterable[np.ndarray], rate: Fraction, codec: str 
         for number, picture in enumerate(pictures):
             if not number:
                 stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(_yuv420p(picture), format="yuv420p")
             frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -175,6 +178,16 @@ def film(path: Path, pictures: Iterable[np.ndarray], rate: Fraction, codec: str 
 def film_codec() -> str:
     """H.264 where this FFmpeg has an encoder for it, else MPEG-4."""
     return "libx264" if "libx264" in av.codec.codecs_available else "mpeg4"
+
+
+def _yuv420p(picture: np.ndarray) -> np.ndarray:
+    """RGB as BT.601 of limited range, planes below each other, uint8 (3H/2, W). FFmpeg's scaler rounds by CPU."""
+    height, width = picture.shape[:2]
+    colours = picture.astype(np.int32)
+    squares = colours.reshape(height // 2, 2, width // 2, 2, 3).sum(axis=(1, 3))
+    luma = (colours @ BT601[0] + (1 << 15) >> 16) + 16
+    chroma = [(squares @ weights + (1 << 17) >> 18) + 128 for weights in BT601[1:]]
+    return np.concatenate([plane.reshape(-1) for plane in (luma, *chroma)]).astype(np.uint8).reshape(-1, width)
 
 
 def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[av.VideoFrame]:

@@ -33,7 +33,9 @@ from preprocess.encode import film, film_codec
 from preprocess.files import replacing, write_text
 from preprocess.manifest import Manifest
 
-RENDERING = 1  # raise it whenever the pixels of a scene change: folders written before are then refused, not mixed
+RENDERING = (
+    2  # raise it whenever the pixels of a scene's video change: folders written before are then refused, not mixed
+)
 FRAME_RATE = 25
 SETTINGS_NAME = "scenes.json"
 MANIFEST_NAME = "manifest.csv"

@@ -48,7 +48,7 @@ class Cluster:
     def schedule(self) -> str:
         """Start the scheduler; its address."""
         self.start("distributed.cli.dask_scheduler", "--port", "0", "--host", "127.0.0.1")
-        wait_for(self.file.exists, "the scheduler")
+        wait_for(lambda: self.file.exists() and self.file.stat().st_size, "the scheduler")
         return json.loads(self.file.read_text())["address"]
 
     def join(self, *, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:

@@ -123,7 +123,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(work, (folder,), nprocs=RANKS, start_method="fork")
+    torch.multiprocessing.start_processes(work, (folder,), nprocs=RANKS, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import platform
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -275,3 +279,41 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_refused(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Scenes(**change)
+
+
+ON_ANOTHER_CPU = """
+import ctypes, hashlib, sys
+from pathlib import Path
+import av
+from preprocess import encode, extract, synthetic
+from preprocess.schema import Settings
+if sys.argv[2] == "limited":
+    library = next(Path(av.__file__).parent.parent.glob("av.libs/libavutil*"))
+    ctypes.CDLL(str(library)).av_force_cpu_flags(0x1B)  # MMX to SSE2: what every x86-64 has
+    encode.X264.append("asm=sse2")
+scenes = synthetic.Scenes(train=36, test=0, frames=13)
+for scene in scenes.specs()[::17]:
+    path = Path(sys.argv[1]) / "scene.mp4"
+    encode.film(path, synthetic.render(scene), encode.Fraction(25))
+    print(hashlib.sha256(path.read_bytes()).hexdigest())
+    settings = Settings(width=128, height=112, frame_width=112, frame_height=92)
+    source = encode.Source()
+    for group in extract.groups(encode.packets(str(path), settings, source), settings):
+        print(hashlib.sha256(b"".join([*group.frames, group.iframe, group.motion.tobytes()])).hexdigest())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="limits the instructions of an x86-64")
+def test_scenes_and_shards_are_the_same_on_any_cpu(tmp_path: Path) -> None:
+    features = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", ON_ANOTHER_CPU, str(tmp_path), which],
+            env={**os.environ, **limits},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for which, limits in (("all", {}), ("limited", {"NPY_DISABLE_CPU_FEATURES": " ".join(features)}))
+    ]
+    assert said[0] == said[1] and len(set(said[0])) == 9  # three files of two groups

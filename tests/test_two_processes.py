@@ -80,7 +80,7 @@ def terminated(tiny: Tiny, folder: Path, port: int) -> None:
 
 def test_two_processes_compute_what_one_does_and_leave_together(tiny: Tiny, tmp_path: Path) -> None:
     ports = [free_port(), free_port()]
-    torch.multiprocessing.start_processes(work, (tiny, tmp_path, ports), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(work, (tiny, tmp_path, ports), nprocs=2, start_method="spawn")
     with in_float64():
         start(tiny, tmp_path / "one", no_dropout_config(), watched=True)
     one, two = (checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("one", "run"))
