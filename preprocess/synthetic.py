@@ -33,9 +33,7 @@ from preprocess.encode import film, film_codec
 from preprocess.files import replacing, write_text
 from preprocess.manifest import Manifest
 
-RENDERING = (
-    2  # raise it whenever the pixels of a scene's video change: folders written before are then refused, not mixed
-)
+RENDERING = 2  # raise it whenever the pixels of a video change: folders written before are refused, not mixed
 FRAME_RATE = 25
 SETTINGS_NAME = "scenes.json"
 MANIFEST_NAME = "manifest.csv"
