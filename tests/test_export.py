@@ -91,7 +91,7 @@ def test_a_failed_export_leaves_what_was_there(
     out = tmp_path / "b.safetensors"
     out.write_text("before")
     assert command.main(["export", str(joint_run), "--out", str(out), "--weights", "epoch-0007"]) == 1
-    assert "epoch-0007.pt does not exist" in capsys.readouterr().err
+    assert "has no weights 'epoch-0007', but initial" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert command.main(["export", str(joint_run), "--out", str(tmp_path / "file" / "b")]) == 1
     assert out.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["b.safetensors", "file"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.results import KEYS, LATER, TEXTS, Row, digest, fault, identity
+from preprocess.command import say
 from preprocess.files import replacing
 from preprocess.manifest import Manifest, dataset_name
 from preprocess.shards import ShardSet
@@ -54,6 +55,8 @@ def gather(
     if needed and not sources and not folder.exists():
         raise ValueError(f"there is no folder {folder}: name the folder of runs with --runs, or rows with --results")
     rows = read([*([folder] if folder.exists() else []), *sources])
+    if needed and not rows:
+        say(f"note: there are no results in {', '.join(map(str, (folder, *sources)))}; python -m eval writes them")
     datasets = {row["dataset"] for row in rows if "fault" not in row}
     manifests = {p.stem: p for p in MANIFESTS.glob("*.csv") if p.stem in datasets} | {
         d.dataset: d.manifest for d in at_hand
@@ -67,7 +70,7 @@ def read(sources: Iterable[Path]) -> list[Row]:
 
     A row has the keys 'file', 'id' (`results.identity`) and, from a CSV, 'name' (of its lines); and 'fault' where it
     cannot be believed: a damaged file, a name that is not the hash of what it holds, a missing key. `check` names
-    those. Raises ValueError where a source is neither.
+    those. Raises ValueError where a source is neither, or is not there.
     """
     rows: list[Row] = []
     for source in sources:
@@ -75,8 +78,10 @@ def read(sources: Iterable[Path]) -> list[Row]:
             rows += map(_read_json, sorted(source.glob("**/results/*-*.json")))
         elif source.is_file():
             rows += _read_csv(source)
-        else:
+        elif source.exists():
             raise ValueError(f"{source} is neither a folder of runs nor a CSV of results")
+        else:
+            raise ValueError(f"{source} does not exist: name a folder of runs, or a CSV that tables --export wrote")
     return rows
 
 
@@ -141,12 +146,12 @@ def _read_json(path: Path) -> Row:
 def _read_csv(path: Path) -> list[Row]:
     try:
         with open(path, newline="") as f:
-            lines = list(csv.DictReader(f))
+            reader = csv.DictReader(f)
+            lines = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV of results: {error}") from error
     wanted = {*COLUMNS, "metric", "value", "row"}
-    there = {str(k) for k in lines[0]} | {*LATER} if lines else wanted
-    if odd := sorted(wanted ^ there):
+    if odd := sorted(wanted ^ ({*(reader.fieldnames or ())} | {*LATER})):
         raise ValueError(f"{path} is no CSV of results: {', '.join(odd)} unknown or missing")
     groups: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in lines:
