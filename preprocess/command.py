@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_type_hints
 
+from preprocess import __version__
+
 DONE, ERROR, USAGE, WITH_FAILURES, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 
@@ -25,6 +27,9 @@ def verb(verbs: Mapping[str, Callable[..., int | None]], argv: Sequence[str], pr
     name, given = argv[0], [argument.partition("=")[0] for argument in argv[1:]]
     if name in ("-h", "--help") or name.startswith("--tyro"):  # the latter completes commands in a shell
         tyro.extras.subcommand_cli_from_dict(dict(verbs), prog=prog, description=about, args=argv)
+    if name == "--version":
+        print(f"context-motion {__version__}")
+        return DONE
     if name not in verbs:
         return unknown("verb", name, verbs, choices)
     hints = get_type_hints(verbs[name], include_extras=True).items()

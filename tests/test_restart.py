@@ -94,7 +94,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting is not allowed here")
+        pytest.skip("mounting is not allowed here: run the tests as root")
     try:
         yield lambda n: subprocess.run(["mount", "-o", f"remount,size={n}", str(folder)], check=True) and None
     finally:

@@ -99,7 +99,7 @@ def run(argv: list[str]) -> int:
     if argv[:1] == ["--list"]:
         list_recipes()
         return DONE
-    if argv[:1] == ["export"]:
+    if argv[:1] in (["export"], ["--version"]):
         return verb({"export": export_run}, argv, PROG, __doc__ or "")
     if not argv:
         return wrong(f"the recipe is missing; {PROG} --list shows them")
