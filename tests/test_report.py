@@ -10,16 +10,17 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from evaluating import Tiny, evaluate, example
 from PIL import Image
 from test_retrieval import finding
-from test_tables import fixtures, stored
+from test_tables import fixtures, formula, stored
 
 from eval import neighbours, results
-from eval.publish import collect, page, tables
+from eval.publish import claim, collect, page, tables
 from eval.publish.cells import FAMILIES, NINE, published
 from eval.publish.plots import training_curves
 from eval.results import Data
@@ -80,6 +81,9 @@ def report(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines[19]["heldout_motion_accuracy"], lines[59]["heldout_motion_accuracy"] = 0.1, 0.3
         lines[59]["heldout_recall"] = 0.5  # a single point makes no line
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines) + '{"epoch": 61, "con')
+    altered = {"motion R@1": 77.2, "motion R@1 frozen": 14.4, "opposite R@1 reversed": 60.8}
+    scenes = {"dataset": "scenes", "trained_on": "scenes", "subset": "train"}
+    results.write(folder / "runs" / "a", example(kind="diagnosis", metrics=altered, **scenes))
     kept, refused = collect.check(stored(folder / "runs", fixtures((*NINE, *FAMILIES))))
     data = Data.open(*tiny)
     found = {"untrained": finding(data), "trained": finding(data)}
@@ -139,6 +143,40 @@ def test_every_part_is_there(report: Path) -> None:
     assert finds[0][:3] == [(half, "½ a/right"), (missed, "✗ b/right"), (found, "✓ a/left")]
 
 
+def bars(text: str) -> list[tuple[str, str, float]]:
+    """(network, the row that it leads to, height) of every bar of the first screen."""
+    found = re.findall(r'<a class="([\w-]+)" href="#row-(\w+)" title="[^"]*" style="--value:([\d.]+);', text)
+    return [(network, row, float(height)) for network, row, height in found]
+
+
+def test_the_first_screen_claims_what_ran(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    first, _, rest = text.partition('<section id="tables">')
+    drawn, wanted = bars(first), []
+    for part in ("context", "motion", "both"):
+        for network, epoch in {"untrained": 0, "scenes-context": 60, "scenes-motion": 60, "scenes": 60}.items():
+            what = (f"{part} R@1", "retrieval", network if epoch else "scenes", "", "video", "scenes", epoch)
+            wanted.append((network, pytest.approx(np.mean([formula(seed, *what) for seed in range(3)]), abs=0.051)))
+    assert [(network, height) for network, _, height in drawn] == wanted
+    assert not bars(rest) and all(f'id="row-{row}"' in rest for _, row, _ in drawn)
+    said = re.sub("<.*?>", "", first)
+    assert "Mean ± deviation of 3 seeds." in said
+    assert "77 % of its neighbours move" in said and "14 % where" in said and "61 % move the opposite way" in said
+
+
+def test_the_first_screen_claims_nothing_that_did_not_run() -> None:
+    metrics = {f"{part} R@1": 50.0 for part in ("context", "motion", "both")}
+    place: dict[str, Any] = {"dataset": "scenes", "trained_on": "scenes", "subset": "train", "metrics": metrics}
+    chances = {"chance": dict.fromkeys(metrics, 16.7)}
+    after = example(**place, file="", id="after", **chances)
+    assert bars(claim.screen(tables.build([after]), [after])) == []
+    before = example(**place, file="", id="before", epoch=0.0, weights="initial")
+    text = claim.screen(tables.build([after, before]), [after, before])
+    assert bars(text) == [("untrained", "before", 50.0), ("scenes", "after", 50.0)] * 3
+    assert text.count('<i style="--value:16.7">') == 3 and "One seed; dashes: by chance." in text
+    assert "frozen" not in text
+
+
 def test_the_pictures_of_a_clip_are_its_frames(tiny: Tiny) -> None:
     frames, rate = neighbours.moving(ShardSet(tiny[0]), 13)
     picture = decoded(page.animation(frames, rate))
@@ -169,6 +207,9 @@ SEEN = """
     pictures: [...document.querySelectorAll("figure img")].filter(i => i.naturalWidth > 50).length,
     dead: [...document.querySelectorAll("a[href^='#']")].filter(a => !document.querySelector(a.hash)).length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    bars: [...document.querySelectorAll(".bars a")].filter(a => Math.abs(
+      box(a).height / box(a.parentNode).height - getComputedStyle(a).getPropertyValue("--value") / 100) < 0.02).length,
+    first: box(document.querySelector(".claim"))[innerWidth > 800 ? "bottom" : "top"] <= innerHeight,
     requests: performance.getEntriesByType("resource").filter(r => !r.name.startsWith("data:")).length,
   });
 })</script>
@@ -193,6 +234,8 @@ def test_a_browser_shows_all_of_it(report: Path, tmp_path: Path, width: int) -> 
         "pictures": 4 * 7 + 4 * 4,
         "dead": 0,
         "overflow": 0,
+        "bars": 3 * 4,
+        "first": True,
         "requests": 0,
     }
 

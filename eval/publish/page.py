@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import figures, neighbours
+from eval.publish import claim
 from eval.publish.cells import NINE
 from eval.publish.collect import Refused
 from eval.publish.plots import plot_name, table_plots, training_curves
@@ -30,6 +31,10 @@ PREVIEWS = 4  # videos taken apart
 WIDTH = 228  # of a moving picture, pixels at most
 QUALITY = 55  # of its WebP
 TEXTS = ("year", "pretrained", "resolution", "architecture")
+READING = (
+    "What ran here beside what the paper reports, in percent: mean and sample deviation over seeds, then the "
+    "difference. Every number of ours leads to the rows it is made of, every published one to its source."
+)
 PAPER = (
     "Published numbers are those of tables 1 to 9 of L. Huang, Y. Liu, B. Wang, P. Pan, Y. Xu, R. Jin, "
     "<i>Self-supervised Video Representation Learning by Context and Motion Decoupling</i>, CVPR 2021; they lie in "
@@ -48,8 +53,9 @@ def page(
     """The whole page. `rows` are sound ones, `folder` holds the runs whose curves are drawn; videos of `data` are shown
     in motion, and what networks `found` among them."""
     pictures = table_plots(tables)
+    ran_first = sorted(tables, key=lambda t: not any(e.value for e in t.entries.values()))
     sections = {
-        "tables": ("Tables", "".join(_table(t, pictures) for t in tables)),
+        "tables": ("Tables", f"<p>{READING}</p>{''.join(_table(t, pictures) for t in ran_first)}"),
         "curves": ("Training", _pair(_curves(folder))),
         "confusion": ("Confusion", _pair(_confusions(rows))),
         "retrieval": ("Retrieval", _found(found) if found else ""),
@@ -76,11 +82,7 @@ def _head(tables: Sequence[Table], rows: Sequence[Row], refused: Refused) -> str
     facts["runs"] = str(len({(r["recipe"], r["pretraining"], r["seed"], r["trained_on"]) for r in rows}))
     facts["rows left out"] = str(len(refused))
     boxes = "".join(f"<div><b>{number}</b><span>{what}</span></div>" for what, number in facts.items())
-    return (
-        "<h1>Context and motion decoupling</h1><p>What ran here beside what the paper reports, in percent: mean and "
-        "sample deviation over seeds, then the difference. Every number of ours leads to the rows it is made of, every "
-        f'published one to its source.</p><div class="facts">{boxes}</div>'
-    )
+    return f'{claim.screen(tables, rows)}<div class="facts">{boxes}</div>'
 
 
 # ---- tables
@@ -113,7 +115,7 @@ def _cell(entry: Entry, column: str) -> str:
     if entry.cell is None:
         return f"<td>{paper or '–' if entry.note or entry.paper else ''}</td>"
     if entry.value is None:
-        return f"<td>{paper}<small>{NOT_RUN}</small></td>"
+        return f'<td class="missing">{paper}<small>{NOT_RUN}</small></td>'
     v = entry.value
     seeds = " ".join(f'<a href="#row-{r["id"]}" title="{n:.1f}">{r["seed"]}</a>' for r, n in zip(v.rows, v.numbers))
     spread = f' <span class="spread">± {v.deviation:.1f}</span>' if len(v.rows) > 1 else ""
