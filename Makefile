@@ -48,6 +48,7 @@ bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.motion_loss
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.loader
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.train_step
+	$(PY) -m benchmarks.busy
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

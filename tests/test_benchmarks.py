@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, one_thread, panned, write_video
 
-from benchmarks import motion_loss, train_step
+from benchmarks import busy, motion_loss, train_step
 from benchmarks.stage1_cases import LIMIT_PHASES, OUR_PHASES, limit_packets, run_limit
 from preprocess import encode
 from preprocess.schema import Settings
@@ -42,6 +42,11 @@ def test_loader(tiny: tuple[Path, Path]) -> None:
     assert [row[0].strip() for row in workers] == ["25%", "50%", "75%", "100%"]
     assert all(len([float(mb) for mb in cell.split(",")]) == 4 for row in workers for cell in row[1:])
     assert {"faster decoder", "augmentation", "step of C3D"} <= set(first)
+
+
+def test_busy() -> None:
+    rates = busy.run(None, programs=2, seconds=0.1)
+    assert len(rates) == 2 and min(rates) > 0
 
 
 def test_motion_loss() -> None:
