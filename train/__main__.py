@@ -26,14 +26,17 @@ from train.config import Finetuning, Pretraining, Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    shards: Path
-    """Folder of shards that stage 1 made."""
+    shards: str
+    """Folder of shards that stage 1 made; with --stage-to, any address of python -m preprocess copy."""
     manifest: Path
     """CSV whose rows to train on."""
     out: Path
     """Folder of the run: run.json, metrics.jsonl, checkpoint.pt."""
     subset: str = "train"
     """Rows of the manifest to use; 'all' takes every row."""
+    stage_to: Path | None = None
+    """Folder on a disk of this machine to copy the shards to first, and to train from: one process of each machine
+    copies what is missing there, the others wait."""
     runtime: Annotated[Runtime, tyro.conf.arg(name="")] = field(default_factory=Runtime)
 
 
@@ -122,6 +125,14 @@ def run(argv: list[str]) -> int:
     from train.loop import Terminated, train
     from train.runs import Origin
 
+    shards = Path(a.shards)
+    if a.stage_to:
+        from preprocess import transfer  # with fsspec, which torch brings
+
+        transfer.copy(a.shards, str(a.stage_to))
+        shards = a.stage_to
+    elif "://" in a.shards:
+        raise ValueError(f"{a.shards} is no folder, and training maps files: add --stage-to FOLDER, on a local disk")
     whole = Manifest.read(a.manifest)
     rows = whole if a.subset == "all" else whole.subset(a.subset)
     held_out = whole.subset("test") if "test" in whole.subsets and a.subset not in ("all", "test") else None
@@ -130,7 +141,7 @@ def run(argv: list[str]) -> int:
         pretrained = trained.load_pretrained(a.pretrained, a.pretrained_weights)
     origin = Origin(argv[0], dataset_name(a.manifest), a.subset, pretrained)
     try:
-        train(a.config, a.runtime, a.shards, rows, a.out, origin, held_out)
+        train(a.config, a.runtime, shards, rows, a.out, origin, held_out)
         if not process():
             print(f"done: weights in {a.out / 'checkpoint.pt'}; python -m eval --help says what to ask of them")
     except Terminated as stop:
