@@ -207,7 +207,11 @@ def check(shards: tyro.conf.Positional[Path], workers: int = 1) -> int:
     return ERROR if problems else DONE
 
 
-def copy(source: tyro.conf.Positional[str], target: tyro.conf.Positional[str], workers: int = 8) -> int:
+def copy(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")],
+    workers: int = 8,
+) -> int:
     """Copy a finished set of shards from or to object storage, a web server, the Hugging Face Hub, another disk.
 
     An address is a path, s3://bucket/folder, gs://…, hf://datasets/OWNER/NAME/folder, http://… or any other of fsspec,

@@ -44,7 +44,7 @@ class Place:
     @classmethod
     def at(cls, address: str) -> Place:
         options = {}
-        with _explaining(f"{address} cannot be reached"):
+        try:
             if address.startswith("http"):
                 from aiohttp import ClientTimeout
 
@@ -52,6 +52,8 @@ class Place:
                 limit = ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
                 options = {"client_kwargs": {"timeout": limit}}
             fs, root = fsspec.url_to_fs(address, **options)
+        except ImportError as error:
+            raise ValueError(f"{address} needs a package: {error}; for http, pip install '.[remote]'") from error
         return cls(address.rstrip("/"), fs, root.rstrip("/"))
 
     @property

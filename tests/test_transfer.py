@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -58,13 +59,35 @@ def ended(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def test_from_a_folder_over_stores_into_a_folder(folder: Path, tmp_path: Path) -> None:
-    """And what was damaged on the way gets no name."""
-    places = [str(folder), "memory://a/set", "memory://b/set/", str(tmp_path / "new" / "set")]
+class Bar:
+    """In place of tqdm's, which counts on a terminal only."""
+
+    ends: ClassVar[list[tuple[int, int]]] = []
+
+    def __init__(self, total: int, **_) -> None:
+        self.n, self.total = 0, total
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ends.append((self.n, self.total))
+
+    def update(self, n: int) -> None:
+        self.n += n
+
+
+def test_from_a_folder_over_stores_into_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every byte on the bar; and what was damaged on the way gets no name."""
+    monkeypatch.setattr(transfer, "tqdm", Bar)
+    new = [str(tmp_path / "new" / name) for name in ("set", "again")]
+    places = [str(folder), "memory://a/set", "memory://b/set/", *new]
+    size = sum(p.stat().st_size for p in folder.glob("*.h5"))
     for source, target in pairwise(places):
-        assert transfer.copy(source, target) == (4, 0)
-        assert transfer.copy(source, target) == (0, 4)
-    assert held(Path(places[-1])) == whole(folder)
+        assert transfer.copy(source, target, workers=1) == (4, 0)
+        assert transfer.copy(source, target, workers=1) == (0, 4)
+        assert Bar.ends[-2:] == [(size, size), (0, 0)]
+    assert held(Path(new[0])) == held(Path(new[1])) == whole(folder)
     memory = fsspec.filesystem("memory")
     data = bytearray(memory.cat_file("/b/set/shard-00001.h5"))
     data[-1] ^= 1
@@ -147,15 +170,16 @@ def test_a_bucket_that_may_not_be_listed(folder: Path, tmp_path: Path) -> None:
         assert transfer.copy(served.address, str(tmp_path / "local")) == (4, 0)
 
 
-def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = write(tmp_path / "other", [5])
     with pytest.raises(ValueError, match=r"other holds another set: shard-00000.h5 of .* differ. Nothing was deleted"):
         transfer.copy(str(folder), str(tmp_path / "other"))
     assert {*held(tmp_path / "other")} == {other.path.name, f"{other.path.name}.sha256"}
     with pytest.raises(ValueError, match="a place to copy from, not to"):
         transfer.copy(str(folder), "http://127.0.0.1:9/set")
-    with pytest.raises(OSError, match=r"bogus://x cannot be reached: .*The same command again"):
-        transfer.copy("bogus://x", str(tmp_path / "x"))
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ValueError, match="s3://x needs a package: Install s3fs to access S3"):
+        transfer.copy("s3://x", str(tmp_path / "x"))
     with pytest.raises(OSError, match=r"shard-.*.h5.sha256 cannot be read: .* The same command again"):
         transfer.copy("http://127.0.0.1:9/set", str(tmp_path / "x"))
     (tmp_path / "unfinished").mkdir()
