@@ -3,7 +3,7 @@ r"""Stage 2: shards -> weights (GPU or CPU; no video library).
     python -m train pretrain-ucf101-c3d --shards shards/ucf101 \
         --manifest data_manifests/ucf101_split1.csv --out runs/c3d
     python -m train --list
-    python -m train export runs/c3d --out backbone.safetensors
+    python -m train export runs/c3d --out c3d
 
 The first pretrains C3D on UCF101's training split as the paper does; the second lists the recipes; the third writes a
 run's V-Network for others. The same command goes on where a run was interrupted. torchrun spreads it over GPUs and
@@ -75,20 +75,25 @@ def list_recipes() -> None:
             print(f"    differs from {recipe.base}: {changes}")
 
 
-def export_run(run: tyro.conf.Positional[Path], out: Path, weights: str = "last") -> None:
-    """Write a run's V-Network as safetensors; train/export.py shows how to load it.
+def export_run(run: tyro.conf.Positional[Path], out: Path, weights: str = "last", push: str | None = None) -> None:
+    """Write a run's V-Network into a folder as the Hugging Face Hub takes it: safetensors, config, model card.
+
+    The card has the results that python -m eval has stored. train/export.py shows how to load it.
 
     Args:
         run: Folder of a run.
-        out: File to write.
+        out: Folder to write.
         weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+        push: OWNER/NAME of the Hub to put it into as well, made public where there is none yet (the extra 'hub').
     """
-    from train.export import export
+    from train import export
     from train.trained import load_run
 
     loaded = load_run(run, weights)
-    path = export(loaded, out)
-    print(f"{path}: {loaded.config.networks.backbone} of {loaded.recipe}, {weights} weights, epoch {loaded.epoch:g}")
+    folder = export.export(loaded, out, push or "")
+    print(f"{folder}: {loaded.config.networks.backbone} of {loaded.recipe}, {weights} weights, epoch {loaded.epoch:g}")
+    if push:
+        print(export.push(folder, push))
 
 
 def main(argv: list[str]) -> int:
