@@ -128,6 +128,8 @@ def copy(source_address: str, target_address: str, workers: int = 8) -> tuple[in
         todo = [name for name in sums if not (there[name] and target.fs.exists(target.path(name)))]
         with _explaining(f"{source.address} cannot be read"):
             total = sum(source.fs.sizes([source.path(name) for name in todo]))
+        if todo:
+            say(f"copying {len(todo)} files, {total / 1e9:.2f} GB, from {source.address} to {target.address}")
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
             _each(workers, lambda name: _copy(source, target, name, sums[name], Path(scratch), bar), todo)
         failures = source.read("failures.csv")
