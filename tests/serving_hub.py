@@ -18,8 +18,6 @@ COMMIT = "c0ffee" + "0" * 34
 class Hub(BaseHTTPRequestHandler):
     """Keeps what is committed in `files`, name -> bytes, and gives it back."""
 
-    protocol_version = "HTTP/1.1"
-
     def __init__(self, *arguments, files: dict[str, bytes]) -> None:
         self.files = files
         super().__init__(*arguments)
@@ -30,10 +28,11 @@ class Hub(BaseHTTPRequestHandler):
         assert self.headers["Authorization"] == "Bearer hf_secret"
         if self.path == "/api/repos/create":
             assert json.loads(body) == {"organization": "owner", "name": "name"}
+            self.files[".gitattributes"] = b""
             answer: dict = {"url": address}
         elif self.path == "/api/validate-yaml":
             answer = {"errors": [], "warnings": []}
-        elif self.path == "/api/models/owner/name/preupload/main":
+        elif self.path == "/api/models/owner/name/preupload/main" and self.files:
             names = [file["path"] for file in json.loads(body)["files"]]
             answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
         elif self.path == "/api/models/owner/name/commit/main":

@@ -115,7 +115,9 @@ def test_from_a_run_to_the_hub_and_back(
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(joint_run, run)
     given = ["--shards", str(tiny[0]), "--manifest", str(tiny[1]), "--device", "cpu", "--workers", "0"]
-    for flags in ([], ["--network", "iframe"], ["--weights", "initial"]):
+    made = (run / "run.json").read_text()
+    (run / "run.json").write_text(made.replace('"trained_on": "split"', '"trained_on": "ucf101_split1"'))
+    for flags in ([], ["--network", "iframe"], ["--network", "layer4", "--weights", "initial"]):
         monkeypatch.setattr(sys, "argv", ["eval", "retrieve", str(run), *given, *flags])
         assert eval_command.main() == 0
     committed: dict[str, bytes] = {}
@@ -128,6 +130,7 @@ def test_from_a_run_to_the_hub_and_back(
         (tmp_path / "out" / "notes.txt").write_text("not for the Hub")
         assert command.main(["export", str(run), "--out", str(out), "--push", "owner/name"]) == 0
         assert capsys.readouterr().out.endswith(f"{address}/owner/name\n")
+        assert committed.pop(".gitattributes") == b""
         assert committed == {name: (out / name).read_bytes() for name in FILES}
         text, clips = committed["README.md"].decode(), torch.rand(2, 3, 8, 32, 32)
         (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -136,7 +139,10 @@ def test_from_a_run_to_the_hub_and_back(
         exec(lines, found)
         with pytest.raises(ValueError, match=r"owner/other is no folder here, and the Hub does not give it: .*404"):
             load_backbone("owner/other")
-    network, about = load_backbone("owner/name")  # the server is gone
+    # The server is gone.
+    assert command.main(["export", str(run), "--out", str(out), "--push", "owner/name"]) == 1
+    assert re.fullmatch(r"error: .*out is written, but not pushed to owner/name: .+\n", capsys.readouterr().err)
+    network, about = load_backbone("owner/name")
     assert about == json.loads((out / "config.json").read_text())
     torch.testing.assert_close(network(clips).mean((2, 3, 4)), found["features"], rtol=0, atol=0)
     torch.testing.assert_close(network.video.state_dict(), load_file(out / "model.safetensors"), rtol=0, atol=0)
@@ -147,13 +153,12 @@ def test_from_a_run_to_the_hub_and_back(
 
     card = huggingface_hub.ModelCard(text)
     assert (card.data.license, card.data.library_name) == ("mit", "context-motion")
-    assert card.data.datasets == ["split"] and "self-supervised-learning" in card.data.tags
+    assert card.data.datasets == ["ucf101"] and "self-supervised-learning" in card.data.tags
     rows = [json.loads(path.read_text()) for path in (run / "results").glob("*.json")]
-    (own,) = [row for row in rows if (row["network"], row["weights"]) == ("video", "last")]
-    shown = re.findall(r"^\| retrieval \| split \| (.+) \| ([\d.]+) \| [\d.]+ \|$", text, re.MULTILINE)
-    assert len(rows) == 3 and {what: float(percent) for what, percent in shown} == {
-        what: round(percent, 1) for what, percent in own["metrics"].items()
-    }
+    (own,) = [row for row in rows if row["network"] == "video"]
+    shown = re.findall(r"^\| (retrieval.*?) \| split \| (.+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    expected = [("retrieval", k, f"{v:.1f}", f"{own['chance'][k]:.1f}") for k, v in own["metrics"].items()]
+    assert len(rows) == 3 and shown == expected
     assert own["protocol"] in text and "| weights | last, epoch 1 of 1 |" in text
 
 

@@ -86,8 +86,11 @@ def export(run: Run, out: Path, name: str = "") -> Path:
 def push(folder: Path, name: str) -> str:
     """Put an exported folder into the repository `name` of the Hub, made where there is none: its address."""
     hub = _hub().HfApi()
-    hub.create_repo(name, exist_ok=True)
-    return hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(FILES)).repo_url
+    try:
+        hub.create_repo(name, exist_ok=True)
+        return hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(FILES)).repo_url
+    except Exception as error:  # its HTTP client has errors of its own
+        raise OSError(f"{folder} is written, but not pushed to {name}: {' '.join(str(error).split())}") from error
 
 
 def load_backbone(
@@ -139,7 +142,7 @@ def _download(name: str, revision: str | None) -> list[Path]:
     hub = _hub()
     try:
         return [Path(hub.hf_hub_download(name, file, revision=revision)) for file in (WEIGHTS, CONFIG)]
-    except (OSError, ValueError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} is no folder here, and the Hub does not give it: {reason}") from error
 
