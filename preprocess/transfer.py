@@ -113,12 +113,11 @@ def copy(source_address: str, target_address: str, workers: int = 8) -> tuple[in
     source, target = Place.at(source_address), Place.at(target_address)
     if target_address.startswith("http"):
         raise ValueError(f"{target_address}: a web server is a place to copy from, not to")
-    if source.local:
-        ShardSet(source.root)
+    expected = [s.path.name for s in ShardSet(source.root).shards] if source.local else [shard_name(0)]
     with _alone(Path(target.root)) if target.local else tempfile.TemporaryDirectory() as scratch:
         sums = _sums(source, workers)
-        if not sums:
-            raise ValueError(f"{source.address} holds no shards: {checksum_path(Path(shard_name(0)))} is not there")
+        if lacking := [checksum_path(Path(name)).name for name in expected if name not in sums]:
+            raise ValueError(f"{source.address} holds no whole set: {lacking[0]} is not there")
         there = dict(zip(sums, _each(workers, target.checksum, sums)))
         if other := [name for name, line in sums.items() if there[name] not in (None, line)]:
             raise ValueError(
@@ -127,7 +126,7 @@ def copy(source_address: str, target_address: str, workers: int = 8) -> tuple[in
             )
         todo = [name for name in sums if not (there[name] and target.fs.exists(target.path(name)))]
         with _explaining(f"{source.address} cannot be read"):
-            total = sum(source.fs.sizes([source.path(name) for name in todo]))
+            total = sum(size or 0 for size in source.fs.sizes([source.path(name) for name in todo]))
         if todo:
             say(f"copying {len(todo)} files, {total / 1e9:.2f} GB, from {source.address} to {target.address}")
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -166,7 +165,8 @@ def _copy(source: Place, target: Place, name: str, line: bytes, scratch: Path, b
         file = Path(source.path(name))
     else:
         with _explaining(f"{source.address}/{name} could not be copied"):
-            source.fs.get_file(source.path(name), str(file), **({"callback": told} if target.local else {}))
+            callback = told if target.local else fsspec.callbacks.DEFAULT_CALLBACK
+            source.fs.get_file(source.path(name), str(file), callback=callback)
     if file_sha256(file) != line.split()[0].decode():
         raise ValueError(f"{source.address}/{name} is damaged: its bytes are not those of its checksum")
     with _explaining(f"{target.address}/{name} could not be written"):
@@ -204,6 +204,5 @@ def _explaining(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise OSError(
-            f"{what}: {error or type(error).__name__}. The same command again copies what is missing"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise OSError(f"{what}: {reason}. The same command again copies what is missing") from error
