@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import wandb
 from PIL import Image
 from running import RUNTIME, Tiny, run_again, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
 
 from train.watch import Watch, picture
 
@@ -67,9 +65,11 @@ def test_a_run_that_goes_on_repeats_no_step(tiny: Tiny, tmp_path: Path, monkeypa
     check(tmp_path)
 
 
-def records(path: Path) -> list[Record]:
+def records(path: Path) -> list[Any]:
     """Of a file of Weights & Biases: seven bytes, then a LevelDB log. Its blocks of 32 KiB hold pieces of records with
     their checksum (4 bytes), length (2) and place in the record (1): all, first, middle, last."""
+    from wandb.proto.wandb_internal_pb2 import Record  # takes a second, which collecting the tests should not
+
     data, at, found, whole = path.read_bytes(), 7, [], b""
     while at < len(data):
         left = 32768 - at % 32768
@@ -97,6 +97,8 @@ def history(out: Path, part: int) -> tuple[set[str], list[tuple[int, dict[str, A
 
 def test_weights_and_biases_has_every_line(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of what was interrupted: the last part tells it all, and repeats no step."""
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     watch = replace(RUNTIME, watch="wandb")
     run_again(monkeypatch, 10, stop)
