@@ -207,6 +207,35 @@ def check(shards: tyro.conf.Positional[Path], workers: int = 1) -> int:
     return ERROR if problems else DONE
 
 
+def copy(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")],
+    workers: int = 8,
+) -> int:
+    """Copy a finished set of shards from or to object storage, a web server, the Hugging Face Hub, another disk.
+
+    An address is a path, s3://bucket/folder, gs://…, hf://datasets/OWNER/NAME/folder, http://… or any other of fsspec,
+    whose packages (s3fs, gcsfs, huggingface_hub) and ways to log in apply. Re-running copies what is missing; a shard
+    gets its name only once its bytes are those of its .sha256.
+
+    A source need not be listed: its shards are looked for by name, until one is not there. So a folder that any web
+    server serves will do. One cannot copy to a web server; to hf:// each file is a commit, where `hf upload` makes one.
+
+    Args:
+        source: The set.
+        target: Folder for the set, which holds no other.
+        workers: Files that are copied at a time.
+    """
+    try:
+        from preprocess import transfer
+    except ModuleNotFoundError as error:
+        raise ValueError(f"copy needs a package that is missing ({error.name}): pip install '.[remote]'") from error
+
+    copied, there = transfer.copy(source, target, workers)
+    print(f"{copied} files copied, each with its checksum; {there} were there")
+    return DONE
+
+
 def terminate(*_: object) -> NoReturn:
     print("terminated: run the same command again to go on", file=sys.stderr)
     sys.exit(TERMINATED)
@@ -221,6 +250,7 @@ def main() -> int:
         "inspect": inspect,
         "check": check,
         "info": info,
+        "copy": copy,
         "synthetic": synthetic,
     }
     return ended(

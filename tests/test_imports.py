@@ -18,7 +18,7 @@ MODULES = {
     )
     for package in ("preprocess", "train", "eval")
 }
-NAMES = ("schema", "shards", "draw", "manifest", "files", "command")
+NAMES = ("schema", "shards", "draw", "manifest", "files", "command", "transfer")
 SHARED = {f"preprocess.{name}" for name in NAMES}
 """What of stage 1 the later stages may use."""
 

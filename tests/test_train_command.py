@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from conftest import tiny_config, train_command
 from running import Tiny
+from test_restart import files
 
-from preprocess.shards import Shard
+from preprocess import transfer
+from preprocess.shards import Shard, ShardSet
 from train import __main__ as command
 from train.data import PretrainSet
 from train.recipes import RECIPES
@@ -133,3 +136,17 @@ def test_a_setting_out_of_its_limits_is_an_error(
         assert status in (1, 2)
         assert value in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stages_its_shards(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(epochs=1)
+    arguments = train_command(tiny, tmp_path / "run", config, "--loader-workers", "0")[3:]
+    stored = arguments.index("--shards") + 1
+    transfer.copy(str(tiny[0]), "memory://tiny")
+    arguments[stored] = "memory://tiny"
+    assert command.main(arguments) == 1
+    assert "memory://tiny is no folder, and training maps files: add --stage-to" in capsys.readouterr().err
+    assert command.main([*arguments, "--stage-to", str(tmp_path / "disk")]) == 0
+    assert files(tmp_path / "disk") == files(tiny[0]) | {".copying": b""}
+    made = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert made["shards_sha256"] == ShardSet(tiny[0]).sha256()

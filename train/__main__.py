@@ -3,7 +3,7 @@ r"""Stage 2: shards -> weights (GPU or CPU; no video library).
     python -m train pretrain-ucf101-c3d --shards shards/ucf101 \
         --manifest data_manifests/ucf101_split1.csv --out runs/c3d
     python -m train --list
-    python -m train export runs/c3d --out backbone.safetensors
+    python -m train export runs/c3d --out c3d
 
 The first pretrains C3D on UCF101's training split as the paper does; the second lists the recipes; the third writes a
 run's V-Network for others. The same command goes on where a run was interrupted. torchrun spreads it over GPUs and
@@ -26,14 +26,17 @@ from train.config import Finetuning, Pretraining, Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    shards: Path
-    """Folder of shards that stage 1 made."""
+    shards: str
+    """Folder of shards that stage 1 made; with --stage-to, any address of python -m preprocess copy."""
     manifest: Path
     """CSV whose rows to train on."""
     out: Path
     """Folder of the run: run.json, metrics.jsonl, checkpoint.pt."""
     subset: str = "train"
     """Rows of the manifest to use; 'all' takes every row."""
+    stage_to: Path | None = None
+    """Folder on a disk of this machine to copy the shards to first, and to train from: one process of each machine
+    copies what is missing there, the others wait."""
     runtime: Annotated[Runtime, tyro.conf.arg(name="")] = field(default_factory=Runtime)
 
 
@@ -72,20 +75,25 @@ def list_recipes() -> None:
             print(f"    differs from {recipe.base}: {changes}")
 
 
-def export_run(run: tyro.conf.Positional[Path], out: Path, weights: str = "last") -> None:
-    """Write a run's V-Network as safetensors; train/export.py shows how to load it.
+def export_run(run: tyro.conf.Positional[Path], out: Path, weights: str = "last", push: str | None = None) -> None:
+    """Write a run's V-Network into a folder as the Hugging Face Hub takes it: safetensors, config, model card.
+
+    The card has the results that python -m eval has stored. train/export.py shows how to load it.
 
     Args:
         run: Folder of a run.
-        out: File to write.
+        out: Folder to write.
         weights: last, initial (untrained), or a kept epoch such as epoch-0005.
+        push: OWNER/NAME of the Hub to put it into as well, made public where there is none yet (the extra 'hub').
     """
-    from train.export import export
+    from train import export
     from train.trained import load_run
 
     loaded = load_run(run, weights)
-    path = export(loaded, out)
-    print(f"{path}: {loaded.config.networks.backbone} of {loaded.recipe}, {weights} weights, epoch {loaded.epoch:g}")
+    folder = export.export(loaded, out, push or "")
+    print(f"{folder}: {loaded.config.networks.backbone} of {loaded.recipe}, {weights} weights, epoch {loaded.epoch:g}")
+    if push:
+        print(export.push(folder, push))
 
 
 def main(argv: list[str]) -> int:
@@ -122,6 +130,14 @@ def run(argv: list[str]) -> int:
     from train.loop import Terminated, train
     from train.runs import Origin
 
+    shards = Path(a.shards)
+    if a.stage_to:
+        from preprocess import transfer  # with fsspec, which torch brings
+
+        transfer.copy(a.shards, str(a.stage_to))
+        shards = a.stage_to
+    elif "://" in a.shards:
+        raise ValueError(f"{a.shards} is no folder, and training maps files: add --stage-to FOLDER, on a local disk")
     whole = Manifest.read(a.manifest)
     rows = whole if a.subset == "all" else whole.subset(a.subset)
     held_out = whole.subset("test") if "test" in whole.subsets and a.subset not in ("all", "test") else None
@@ -130,7 +146,7 @@ def run(argv: list[str]) -> int:
         pretrained = trained.load_pretrained(a.pretrained, a.pretrained_weights)
     origin = Origin(argv[0], dataset_name(a.manifest), a.subset, pretrained)
     try:
-        train(a.config, a.runtime, a.shards, rows, a.out, origin, held_out)
+        train(a.config, a.runtime, shards, rows, a.out, origin, held_out)
         if not process():
             print(f"done: weights in {a.out / 'checkpoint.pt'}; python -m eval --help says what to ask of them")
     except Terminated as stop:

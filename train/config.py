@@ -233,8 +233,9 @@ class Runtime:
     watch_epochs: int | None = None
     """Epochs from one look at held-out videos (the manifest's test rows) to the next, while a run pretrains; 0: never;
     None: at as many and as often as takes under 3 % of the time, and at the end."""
-    tensorboard: bool = False
-    """Write metrics and pictures of augmented clips for TensorBoard into OUT/tensorboard (the extra 'watch')."""
+    watch: Literal["tensorboard", "wandb"] | None = None
+    """Tracker of metrics and of pictures of augmented clips: TensorBoard (in OUT/tensorboard) or Weights & Biases; each
+    is an extra of its name."""
 
     def __post_init__(self) -> None:
         for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_steps", 1)):

@@ -103,10 +103,10 @@ def train(
             print(apart)
         log = metrics.Metrics(out / "metrics.jsonl", step)
         line = log.last
-        if runtime.tensorboard:
+        if runtime.watch:
             from train.watch import Watch  # an extra
 
-            watch = Watch(out, step)
+            watch = Watch(runtime.watch, out, step)
     stop = distributed.Flag(signal.SIGTERM)
     waited, since, first = 0.0, time.monotonic(), step
     with tqdm(total=total, initial=step, unit="step", disable=None if main else True) as bar:
