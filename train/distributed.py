@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from preprocess.command import ERROR, say
 
@@ -80,7 +82,7 @@ def stop(error: BaseException | None = None) -> None:
     global _pulse
     if not _initialised() or _pulse is None:
         return
-    if "gloo" in str(error):  # a connection broke, as it does where another process died: that is found out
+    if isinstance(error, RuntimeError) and "gloo" in str(error):  # the connection of one that died, perhaps: wait for
         _pulse.join(BEAT * (MISSED + 5))
     if error is None:
         dist.barrier()
@@ -121,7 +123,7 @@ class Pulse(threading.Thread):
 
     def end(self, why: str) -> None:
         """Of this process, from this thread: the main one may hang in a collective."""
-        say(f"error: {why}: it, or its machine, has died. The same command goes on from the last checkpoint")
+        say(f"error: {why}: it has died, or ended and said why. The same command goes on from the last checkpoint")
         os._exit(ERROR)
 
 
@@ -135,11 +137,12 @@ def together(work: Callable[[], T]) -> list[T]:
     """
     if world_size() == 1:
         return [work()]
-    found: list[Any] = [None] * world_size()
+    mine: tuple[T | None, str]
     try:
         mine = work(), ""
     except (ValueError, OSError) as error:
         mine = None, str(error)
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, mine)
     if failed := [f"process {number}: {error}" for number, (_, error) in enumerate(found) if error]:
         raise ValueError("; ".join(failed))
@@ -170,6 +173,11 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _sum_over_ranks(x) / world_size()
 
 
+def anywhere(device: torch.device, *flags: bool) -> list[bool]:
+    """Which flags are raised in any of the processes: the same answer in all of them, which must all ask."""
+    return (mean_over_ranks(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()
+
+
 class Flag:
     """Remembers that a signal came, so that the step in progress can end."""
 
@@ -180,9 +188,16 @@ class Flag:
     def _raise(self, *_: object) -> None:
         self.raised = True
 
-    def raised_anywhere(self, device: torch.device) -> bool:
-        """Whether it came to any of the processes: the same answer in all of them, which must all ask."""
-        return bool(mean_over_ranks(torch.tensor(float(self.raised), device=device)) > 0)
+
+def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with gradients that are means over ranks; itself in one process. A compiled one stays one graph."""
+    if world_size() == 1:
+        return network
+    # Running statistics are the same on every rank; since torch 2.13 the flag that leaves them alone is called so.
+    known = signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None, buffers: False}
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
 
 
 def synchronise_batch_norm(module: nn.Module) -> nn.Module:
@@ -261,9 +276,7 @@ class _Normalise(torch.autograd.Function):
         )
         # The statistics were held fixed so far. Through them the gradient loses its mean over all samples, and its
         # part along the normalised x, which together are linear in x.
-        along, level = _sum_over_ranks(torch.stack((grad_weight, grad_bias))) / (
-            world_size() * x.numel() // x.shape[1]
-        )
+        along, level = _sum_over_ranks(torch.stack((grad_weight, grad_bias))) / (world_size() * x.numel() // x.shape[1])
         deviation = (variance + ctx.eps).sqrt()
         slope = along * weight / deviation**2  # (C)
         offset = level * weight / deviation - slope * mean
