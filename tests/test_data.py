@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -21,6 +23,7 @@ from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
 from train.data import ClipSet, EpochSampler, FinetuneSet, PretrainSet, decode_frames, select
 from train.draws import Cropping, Photometric, Sampling
+from train.loader import make_loader
 
 SETTINGS = Settings(width=64, height=48, frame_width=32, frame_height=32)
 COUNTS = (160, 100, 71, 60, 40, 26, 25)  # frames of the numbered videos; the last cannot serve
@@ -150,6 +153,18 @@ def test_draws_depend_on_seed_epoch_and_video_alone(shards: ShardSet) -> None:
     assert not same(pretrain(shards, seed=1)[2, 0], first[0])
     boxes = {tuple(s["clip_box"].tolist()) for s in first}
     assert len(boxes) == 6
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (8, 1, 7), (64, 1, 8), (64, 8, 7), (8, 8, 1)]
+)
+def test_loader_workers_follow_the_cores(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    data, cpu = pretrain(shards), torch.device("cpu")
+    assert make_loader(data, None, cpu).num_workers == workers and make_loader(data, 0, cpu).num_workers == 0
 
 
 def test_workers_change_nothing(shards: ShardSet) -> None:
