@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import os
 import pickle
+import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from preprocess import shards as reading
 from preprocess.manifest import Manifest
 from preprocess.schema import INTRA, Failure, Origin, Settings
 from preprocess.shards import ShardSet
@@ -153,6 +157,34 @@ def test_draws_depend_on_seed_epoch_and_video_alone(shards: ShardSet) -> None:
     assert not same(pretrain(shards, seed=1)[2, 0], first[0])
     boxes = {tuple(s["clip_box"].tolist()) for s in first}
     assert len(boxes) == 6
+
+
+def test_the_disk_is_asked_for_a_batch_at_once(shards: ShardSet, tmp_path: Path) -> None:
+    """Pages that the kernel has let go of: unannounced, a batch waits for the disk page by page."""
+    copy_of = Path(shutil.copytree(shards.folder, tmp_path / "shards"))
+
+    def waits(announced: bool) -> int:
+        data, keys = pretrain(ShardSet(copy_of)), [(0, index) for index in range(6)]
+        if not announced:
+            data._expect = lambda _: None  # type: ignore[method-assign]
+        expected = [data[key] for key in keys]
+        for shard in data.shards.shards:
+            # As a disk far away, which reads no more than it is asked for.
+            reading._libc.madvise(shard._mapped.ctypes.data, shard._mapped.size, mmap.MADV_RANDOM)
+            shard.release()
+            with open(shard.path, "rb") as f:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        found = data.__getitems__(keys)
+        count = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
+        assert all(same(a, b) for a, b in zip(found, expected))
+        return count
+
+    unannounced = waits(False)
+    if not unannounced:
+        pytest.skip("this file system keeps its pages in memory")
+    assert waits(True) < unannounced / 4
 
 
 @pytest.mark.parametrize(
