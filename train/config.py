@@ -218,8 +218,9 @@ class Runtime:
 
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:1."""
-    loader_workers: int = 2
-    """Processes that decode samples, for each training process; 0 decodes in the training process itself."""
+    loader_workers: int | None = None
+    """Processes that decode samples, for each training process; 0 decodes in the training process itself; None: one a
+    core at hand but the training process's own, 8 at most."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16: mixed precision; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
     compile: bool = False
@@ -238,10 +239,9 @@ class Runtime:
     """Write metrics and pictures of augmented clips for TensorBoard into OUT/tensorboard (the extra 'watch')."""
 
     def __post_init__(self) -> None:
-        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_minutes", 0)):
-            at_least(name, getattr(self, name), least)
-        if self.watch_epochs is not None:
-            at_least("watch_epochs", self.watch_epochs, 0)
+        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_minutes", 0), ("watch_epochs", 0)):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), least)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
