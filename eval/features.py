@@ -41,8 +41,8 @@ class Machine:
     """What a measure runs on."""
 
     device: str = "auto"
-    workers: int = 2
-    """Processes that decode."""
+    workers: int | None = None
+    """Processes that decode; None: one a core at hand but this process's own, 8 at most."""
 
 
 AUTO = Machine()

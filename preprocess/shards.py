@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -185,6 +185,11 @@ class Shard:
         offset = self["iframes/jpeg_offset"]
         return self["iframes/jpeg"][offset[iframe] : offset[iframe + 1]]
 
+    def expect(self, kind: Literal["frames", "iframes"], numbers: np.ndarray) -> None:
+        """Have the JPEGs fetched that `frame_jpeg` or `iframe_jpeg` are about to be asked for."""
+        offset = self[f"{kind}/jpeg_offset"]
+        expect(self[f"{kind}/jpeg"], offset[numbers], offset[numbers + 1])
+
 
 def _open_flow(shard: Shard) -> np.ndarray:
     path = flow_path(shard.path)
@@ -292,6 +297,16 @@ def _column(mapped: np.ndarray, dtype: str, shape: tuple[int, ...], offset: int)
     size = math.prod(shape) * np.dtype(dtype).itemsize
     flat = mapped[offset : offset + size].view(dtype) if size else np.empty(0, dtype)
     return flat.reshape(shape)
+
+
+def expect(column: np.ndarray, first: np.ndarray, end: np.ndarray) -> None:
+    """Tell the system that rows first[i] to end[i] of a mapped column are about to be read: it fetches them all at
+    once, and nobody waits. Unannounced, every page that is not in memory is waited for when its turn comes."""
+    row = column.strides[0]
+    begin = column.ctypes.data + first * row
+    page = begin - begin % mmap.PAGESIZE  # where a range has to begin
+    for address, size in zip(page.tolist(), (begin - page + (end - first) * row).tolist()):
+        _libc.madvise(address, size, mmap.MADV_WILLNEED)
 
 
 class ShardSet:

@@ -218,16 +218,18 @@ class Runtime:
 
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:1."""
-    loader_workers: int = 2
-    """Processes that decode samples, for each training process; 0 decodes in the training process itself."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision, for GPUs that have it."""
+    loader_workers: int | None = None
+    """Processes that decode samples, for each training process; 0 decodes in the training process itself; None: one a
+    core at hand but the training process's own, 8 at most."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: mixed precision; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
     compile: bool = False
-    """Compile the networks (a minute at the start, faster steps on a GPU)."""
+    """Compile the networks and the augmentation (minutes at the start, faster steps on a GPU)."""
     log_steps: int = 10
     """Steps a line of metrics."""
-    checkpoint_steps: int = 1000
-    """Steps between checkpoints; one is also saved after each epoch."""
+    checkpoint_minutes: float = 10.0
+    """From one checkpoint to the next, at a line of metrics; one is also saved where an epoch's weights are kept, at
+    the end, and at SIGTERM."""
     keep_epochs: tuple[int, ...] = ()
     """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50 120)."""
     watch_epochs: int | None = None
@@ -238,10 +240,9 @@ class Runtime:
     is an extra of its name."""
 
     def __post_init__(self) -> None:
-        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_steps", 1)):
-            at_least(name, getattr(self, name), least)
-        if self.watch_epochs is not None:
-            at_least("watch_epochs", self.watch_epochs, 0)
+        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_minutes", 0), ("watch_epochs", 0)):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), least)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

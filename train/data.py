@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from preprocess.shards import Shard, ShardSet
+from preprocess.shards import Shard, ShardSet, expect
 from train.draws import (
     Cropping,
     Photometric,
@@ -47,6 +47,20 @@ Sample = dict[str, Any]
 SHOWN = 5  # paths named in an error
 
 
+class Drawn(NamedTuple):
+    """A sample before anything is read; frames are numbered over the shard."""
+
+    shard: Shard
+    frames: np.ndarray
+    """Of the clip, (T,)."""
+    iframe: np.ndarray
+    """(1,), or (0,) where none is wanted."""
+    windows: np.ndarray
+    """First frames of the motion windows, (1+K,), the positive first; (0,) where there are none."""
+    sample: Sample
+    """What is not read from the shard."""
+
+
 class TrainingSet(Dataset[Sample]):
     """One random clip a video and epoch: `data[epoch, index]` is a dict of arrays and numbers that torch collates.
 
@@ -63,8 +77,9 @@ class TrainingSet(Dataset[Sample]):
     | index, label | int | row of this data set; class number, -1 unknown |
 
     A video too short for its motion window beside the clip does not serve; one shorter than the clip repeats from its
-    start, as at evaluation. `failed` counts rows of the manifest that stage 1 could not store. Raises ValueError as
-    `select` does.
+    start, as at evaluation. `failed` counts rows of the manifest that stage 1 could not store. What is `unread`,
+    "iframe" or "motion", is drawn, so that the rest is what it would be, but neither read nor in the sample. Raises
+    ValueError as `select` does.
     """
 
     def __init__(
@@ -78,11 +93,12 @@ class TrainingSet(Dataset[Sample]):
         *,
         with_iframe: bool,
         with_motion: bool,
+        unread: Modality | None = None,
     ) -> None:
         if with_motion:
             _check_motion(shards, sampling)
         self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
-        self.seed, self.with_iframe, self.with_motion = seed, with_iframe, with_motion
+        self.seed, self.with_iframe, self.with_motion, self.unread = seed, with_iframe, with_motion, unread
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
         long = [largest_stride(f, sampling) > 0 for f in shards.frames[self.video].tolist()]
@@ -96,28 +112,40 @@ class TrainingSet(Dataset[Sample]):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
         """What torch's loader asks for: a batch. Decoding a clip pushes everything else out of the processor's caches,
-        which makes drawing four times as slow; so all are drawn first, then all decoded. Their pictures lie in one
-        array each, whose memory the allocator gets in huge pages or keeps; an array a clip would be paged in anew."""
+        which makes drawing four times as slow; so all are drawn first, then all decoded, and in between the disk is
+        asked for all that they read. Their pictures lie in one array each, whose memory the allocator gets in huge
+        pages or keeps; an array a clip would be paged in anew."""
         drawn = [self._draw(key) for key in keys]
+        self._expect(drawn)
+        if self.with_motion and self.unread != "motion":
+            for shard, *_, windows, sample in drawn:
+                sample["motion"] = _motion(_maps(shard, self.sampling), windows, self.sampling)
         stored, length = self.shards.settings, self.sampling.frames
         clips = np.empty((len(keys), length, stored.frame_height, stored.frame_width, 3), np.uint8)
-        iframes = np.empty((len(keys), int(self.with_iframe), stored.height, stored.width, 3), np.uint8)
-        for (shard, frames, near, sample), clip, pictures in zip(drawn, clips, iframes):
+        with_iframe = self.with_iframe and self.unread != "iframe"
+        iframes = np.empty((len(keys), int(with_iframe), stored.height, stored.width, 3), np.uint8)
+        for (shard, frames, near, _, sample), clip, pictures in zip(drawn, clips, iframes):
             sample["clip"] = decode_frames(shard, frames, clip)
-            if self.with_iframe:
-                (sample["iframe"],) = decode_iframes(shard, np.array([near]), pictures)
+            if with_iframe:
+                (sample["iframe"],) = decode_iframes(shard, near, pictures)
         return [sample for *_, sample in drawn]
 
     def windows(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """The positive motion windows of some samples, without their pictures: int16 (n, W, rows, cols, 2), and their
         boxes float32 (n, 4) and flips bool (n,)."""
-        drawn = [self._draw(key)[3] for key in keys]
-        found = (np.stack([sample[name][0] for sample in drawn]) for name in ("motion", "motion_box", "motion_flip"))
-        motion, boxes, flips = map(torch.from_numpy, found)
-        return motion, boxes, flips
+        drawn = [self._draw(key) for key in keys]
+        motion = [_motion(_maps(d.shard, self.sampling), d.windows[:1], self.sampling)[0] for d in drawn]
+        boxes, flips = (np.stack([d.sample[name][0] for d in drawn]) for name in ("motion_box", "motion_flip"))
+        return torch.from_numpy(np.stack(motion)), torch.from_numpy(boxes), torch.from_numpy(flips)
 
-    def _draw(self, key: tuple[int, int]) -> tuple[Shard, np.ndarray, int, Sample]:
-        """(shard, the clip's frames (T,), its I-frame, the sample without them), both numbered over the shard."""
+    def _expect(self, drawn: list[Drawn]) -> None:
+        for shard, frames, near, windows, _ in drawn:
+            shard.expect("frames", frames)
+            shard.expect("iframes", near)
+            if len(windows):
+                expect(_maps(shard, self.sampling), windows, windows + self.sampling.motion_frames)
+
+    def _draw(self, key: tuple[int, int]) -> Drawn:
         epoch, index = key
         s, rng = self.sampling, _generator(self.seed, epoch, index)
         shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
@@ -125,10 +153,10 @@ class TrainingSet(Dataset[Sample]):
             start, stride, window = draw_clip(rng, frames, s)
         else:
             start, stride = int(rng.integers(max(frames - s.span(s.stride), 0) + 1)), s.stride
-        near = 0
+        near, windows = [], []
         if self.with_iframe:
             last = start + s.span(stride) - 1
-            near = first_iframe + draw_iframe(rng, iframes, start, last, s.iframe_reach)
+            near = [first_iframe + draw_iframe(rng, iframes, start, last, s.iframe_reach)]
         sample: Sample = {"index": int(index), "label": int(self.label[index])} | self._view(rng, "clip")
         if self.with_iframe:
             sample |= self._view(rng, "iframe")
@@ -137,14 +165,17 @@ class TrainingSet(Dataset[Sample]):
             boxes = [sample["clip_box"], *(self._box(rng) for _ in range(s.negatives))]
             flips = [sample["clip_flip"], *(rng.random(s.negatives) < self.cropping.flip)]
             sample |= {
-                "motion": _motion(shard, first, windows, s),
                 "motion_box": np.stack(boxes),
                 "motion_flip": np.array(flips),
                 "serves": bool(self.serves[index]),
             }
         # Last, so that it shifts no other draw.
         sample["clip_still_removed"] = bool(rng.random() < self.photometric.still_removed_p)
-        return shard, first + (start + stride * np.arange(s.frames)) % frames, near, sample
+        clip = first + (start + stride * np.arange(s.frames)) % frames
+        if self.unread:
+            sample = {key: value for key, value in sample.items() if not key.startswith(self.unread)}
+            near, windows = ([], windows) if self.unread == "iframe" else (near, [])
+        return Drawn(shard, clip, np.array(near, int), first + np.array(windows, int), sample)
 
     def _view(self, rng: np.random.Generator, of: str) -> Sample:
         return {
@@ -171,8 +202,10 @@ class PretrainSet(TrainingSet):
         cropping: Cropping,
         photometric: Photometric,
         seed: int = 0,
+        unread: Modality | None = None,
     ) -> None:
-        super().__init__(shards, manifest, sampling, cropping, photometric, seed, with_iframe=True, with_motion=True)
+        views = (cropping, photometric)
+        super().__init__(shards, manifest, sampling, *views, seed, with_iframe=True, with_motion=True, unread=unread)
         if not self.serves.any():
             raise ValueError(
                 f"none of {len(self)} videos has the {sampling.needed(1)} frames that a clip at stride 1 and its "
@@ -251,6 +284,7 @@ class ClipSet(Dataset[Sample]):
         sample: Sample = {"index": int(index), "label": int(self.label[index])}
         if self.modality == "video":
             numbers = (starts[:, None] + s.stride * np.arange(s.frames)) % frames  # (C, T)
+            shard.expect("frames", first + numbers.ravel())
             decoded = decode_frames(shard, first + numbers.ravel())
             return sample | {"clips": decoded.reshape(*numbers.shape, *decoded.shape[1:])}
         if self.modality == "iframe":
@@ -364,12 +398,11 @@ def _decode(
     return out
 
 
-def _motion(shard: Shard, first: int, windows: list[int], s: Sampling) -> np.ndarray:
-    """Motion windows of the video whose first frame is `first`, int16 (1+K, W, rows, cols, 2); of no windows, zeros."""
-    maps = _maps(shard, s)
-    if not windows:
+def _motion(maps: np.ndarray, windows: np.ndarray, s: Sampling) -> np.ndarray:
+    """The maps from each first frame on, int16 (1+K, W, rows, cols, 2); of no windows, zeros."""
+    if not len(windows):
         return np.zeros((1 + s.negatives, s.motion_frames, *maps.shape[1:]), maps.dtype)
-    return np.stack([maps[first + w : first + w + s.motion_frames] for w in windows])
+    return np.stack([maps[w : w + s.motion_frames] for w in windows.tolist()])
 
 
 def _maps(shard: Shard, sampling: Sampling) -> np.ndarray:
