@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_config, train_command
 from running import Tiny
 
@@ -81,6 +82,18 @@ def test_a_worker_that_dies_is_explained(
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1
     assert "error: DataLoader worker" in errors and "--loader-workers" in errors
+
+
+def test_a_full_gpu_is_an_error_of_one_line(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+
+    monkeypatch.setattr("train.loop.train", full)
+    assert command.main(train_command(tiny, tmp_path / "run", tiny_config())[3:]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 9 GiB. Keep less there with --recompute")
 
 
 def test_only_the_first_process_speaks_without_its_number(

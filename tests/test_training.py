@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, make_shards, tiny_config
-from running import RUNTIME, Tiny, lines, start
+from running import RUNTIME, Tiny, assert_same_run, lines, start
 from torch.utils.data import default_collate
 
 from preprocess.manifest import Manifest
@@ -171,6 +171,12 @@ def test_real_videos_train(tmp_path: Path) -> None:
         tmp_path / "run",
     )
     assert last["step"] == len(paths) // 2 and math.isfinite(last["loss"])
+
+
+def test_recomputing_changes_nothing(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    """Bit for bit: weights, running statistics, metrics; tests/test_cost.py has what it saves."""
+    start(tiny, tmp_path, runtime=replace(RUNTIME, recompute=True))
+    assert_same_run(tmp_path, undisturbed)
 
 
 # ---- a step as the device sees it: nothing asks for a value and waits; compiled, it is the same

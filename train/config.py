@@ -225,6 +225,9 @@ class Runtime:
     """bfloat16: mixed precision, for GPUs that have it."""
     compile: bool = False
     """Compile the networks (a minute at the start, faster steps on a GPU)."""
+    recompute: bool = False
+    """Keep less memory: compute the M-Network's stem again in the backward pass, a few per cent more operations. What a
+    recipe takes with and without is in python -m train --list."""
     log_steps: int = 10
     """Steps a line of metrics."""
     checkpoint_steps: int = 1000
