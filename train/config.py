@@ -221,17 +221,18 @@ class Runtime:
     loader_workers: int | None = None
     """Processes that decode samples, for each training process; 0 decodes in the training process itself; None: one a
     core at hand but the training process's own, 8 at most."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision, for GPUs that have it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: mixed precision; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
     compile: bool = False
-    """Compile the networks (a minute at the start, faster steps on a GPU)."""
+    """Compile the networks and the augmentation (minutes at the start, faster steps on a GPU)."""
     recompute: bool = False
     """Keep less memory: compute the M-Network's stem again in the backward pass, a few per cent more operations. What a
     recipe takes with and without is in python -m train --list."""
     log_steps: int = 10
     """Steps a line of metrics."""
-    checkpoint_steps: int = 1000
-    """Steps between checkpoints; one is also saved after each epoch."""
+    checkpoint_minutes: float = 10.0
+    """From one checkpoint to the next, at a line of metrics; one is also saved where an epoch's weights are kept, at
+    the end, and at SIGTERM."""
     keep_epochs: tuple[int, ...] = ()
     """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50 120)."""
     watch_epochs: int | None = None
@@ -241,7 +242,7 @@ class Runtime:
     """Write metrics and pictures of augmented clips for TensorBoard into OUT/tensorboard (the extra 'watch')."""
 
     def __post_init__(self) -> None:
-        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_steps", 1), ("watch_epochs", 0)):
+        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_minutes", 0), ("watch_epochs", 0)):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), least)
 

@@ -22,7 +22,18 @@ from train.config import Config, Finetuning, Optimiser, Pretraining, Supervision
 from train.draws import Cropping, Photometric, Sampling
 from train.model import FinetuningModel, PretrainingModel, build_model
 
-GPU, GPU_FLOPS = "A100", 312e12  # dense bfloat16 operations a second, by its data sheet
+PEAKS = {  # in a GPU's name: dense operations a second in bfloat16 and in TF32, by its data sheet
+    "B200": (2250e12, 1125e12),
+    "H200": (989e12, 494e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H100 NVL": (835e12, 417e12),
+    "H100": (989e12, 494e12),
+    "A100": (312e12, 156e12),
+    "L40S": (362e12, 183e12),
+    "RTX 4090": (165e12, 83e12),
+}
+GPU = "A100"
+GPU_FLOPS = PEAKS[GPU][0]
 UTILISATION = 0.3  # share of them that a step reaches: assumed, not measured
 DATASETS = {
     "ucf101": ("UCF101, split 1", 9537),
@@ -45,6 +56,14 @@ def total_flops(config: Config, videos: int) -> float:
 def gpu_hours(config: Config, videos: int) -> float:
     """Hours of one GPU for the whole run: an estimate, at `UTILISATION` of the peak of the `GPU`."""
     return total_flops(config, videos) / (GPU_FLOPS * UTILISATION) / 3600
+
+
+def seconds_at_peak(config: Config, device: torch.device, precision: str) -> float | None:
+    """Seconds a clip that a GPU takes at its peak in a precision, where float32 is TF32 (train.device); None for a CPU
+    and for GPUs that `PEAKS` does not have. Times clips a second it is the model FLOP utilisation."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((both for part, both in PEAKS.items() if part in name), None)
+    return flops_per_clip(config) / peak[precision == "float32"] if peak else None
 
 
 def describe(recipe: str, config: Config) -> str:
