@@ -171,7 +171,7 @@ def test_selecting_after_computing_all_is_the_same(monkeypatch: pytest.MonkeyPat
     assert untouched.any() and torch.equal(other[untouched], clip[untouched])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_a_device_gives_what_the_cpu_gives() -> None:
     clip, params = unit(8, 3, 4, 20, 20), draws(8)
     expected = photometric(clip, params)

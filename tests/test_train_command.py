@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_config, train_command
 from running import Tiny
 from test_restart import files
@@ -96,6 +97,18 @@ def test_compiling_without_a_compiler_is_an_error_of_one_line(
     assert len(errors.splitlines()) == 1
     assert re.match(r"error: --compile cannot work here \(.*C\+\+ compiler.*g\+\+", errors)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_gpu_is_an_error_of_one_line(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+
+    monkeypatch.setattr("train.loop.train", full)
+    assert command.main(train_command(tiny, tmp_path / "run", tiny_config())[3:]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 9 GiB. Keep less there with --recompute")
 
 
 def test_only_the_first_process_speaks_without_its_number(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, make_shards, tiny_config
-from running import RUNTIME, Tiny, lines, start
+from running import RUNTIME, Tiny, assert_same_run, lines, start
 from torch.utils.data import default_collate
 
 from preprocess.manifest import Manifest
@@ -196,6 +196,12 @@ def test_it_saves_by_the_clock_and_where_an_epoch_is_kept(
     line = start(tiny, tmp_path, runtime=replace(RUNTIME, checkpoint_minutes=3, keep_epochs=(1,)))
     assert saved == [4, 6, 10, 14, 18]
     assert line["clips_per_second"] == pytest.approx(2 / 60) and line["mfu"] == pytest.approx(0.1)
+
+
+def test_recomputing_changes_nothing(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    """Bit for bit: weights, running statistics, metrics; tests/test_cost.py has what it saves."""
+    start(tiny, tmp_path, runtime=replace(RUNTIME, recompute=True))
+    assert_same_run(tmp_path, undisturbed)
 
 
 # ---- a step as the device sees it: nothing asks for a value and waits; compiled, it is the same

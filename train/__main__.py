@@ -58,13 +58,14 @@ ARGUMENTS = {Pretraining: PretrainingArguments, Finetuning: FinetuningArguments}
 
 
 def list_recipes() -> None:
-    """Every recipe; the costs take a few seconds to count."""
+    """Every recipe; the costs take a quarter of a minute to count."""
     from train import cost
     from train.recipes import RECIPES
 
     print(
         f"GPU hours are an estimate, not a measurement: they are for an {cost.GPU} that reaches "
-        f"{cost.UTILISATION:.0%} of its {cost.GPU_FLOPS / 1e12:.0f} bfloat16 TFLOP/s.\n"
+        f"{cost.UTILISATION:.0%} of its {cost.GPU_FLOPS / 1e12:.0f} bfloat16 TFLOP/s. So is GPU memory: of the whole "
+        "batch on one GPU, in bfloat16, counted tensor by tensor; of several GPUs each takes its share.\n"
     )
     for name, recipe in RECIPES.items():
         c = recipe.config
@@ -125,6 +126,8 @@ def run(argv: list[str]) -> int:
     kind: Any = ARGUMENTS[type(recipe.config)]
     default = kind(shards=missing, manifest=missing, out=missing, config=recipe.config)
     a = tyro.cli(kind, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.about)
+    from torch import OutOfMemoryError
+
     from preprocess.manifest import Manifest, dataset_name
     from train import trained
     from train.loop import Terminated, train
@@ -152,6 +155,11 @@ def run(argv: list[str]) -> int:
     except Terminated as stop:
         say(f"terminated: {stop}")
         return TERMINATED
+    except OutOfMemoryError as error:
+        raise ValueError(
+            f"{str(error).splitlines()[0]} Keep less there with --recompute (python -m train --list says how much), "
+            "spread the batch over more GPUs (torchrun), or train with a smaller --batch-size"
+        ) from error
     return DONE
 
 

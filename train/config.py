@@ -225,6 +225,9 @@ class Runtime:
     """bfloat16: mixed precision; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
     compile: bool = False
     """Compile the networks and the augmentation (minutes at the start, faster steps on a GPU)."""
+    recompute: bool = False
+    """Keep less memory: compute the M-Network's stem again in the backward pass, a few per cent more operations. What a
+    recipe takes with and without is in python -m train --list."""
     log_steps: int = 10
     """Steps a line of metrics."""
     checkpoint_minutes: float = 10.0

@@ -90,7 +90,7 @@ def train(
     sampler = EpochSampler(len(task.data), config.batch_size, rank, ranks, config.seed)
     total = config.epochs * sampler.steps
     torch.manual_seed(config.seed)
-    model = build_model(config, len(shard_set.classes)).to(device)
+    model = build_model(config, len(shard_set.classes), runtime.recompute).to(device)
     begin_from(origin.pretrained, config, model)
     held = runs.hold(out) if main else None  # closed, and so let go, when this function ends
     runs.claim(out, config, manifest, shard_set, origin, write=main)
