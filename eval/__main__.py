@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from preprocess.command import DONE, WITH_FAILURES, ended, say
+from preprocess.command import DONE, WITH_FAILURES, ended, say, verb
 
 if TYPE_CHECKING:
     from eval.features import Machine
@@ -175,7 +175,7 @@ def compare(runs: Runs, common: CommonFlags, picture: Path | None = None) -> Non
     if not runs:
         raise ValueError("nothing to compare: give the folders of one or more runs")
     loaded, titles = chain(_load(runs[:1], "initial"), _load(runs, common.weights)), ["untrained", *folder_names(runs)]
-    found = _evaluate(measure, loaded, common, titles=titles, show=compared)
+    found = _evaluate(measure, loaded, common, picture, titles, show=compared)
     if picture:
         print(draw({title: found[title] for title in titles[:2]}, picture))
 
@@ -213,6 +213,8 @@ def _evaluate(
     """
     from eval import results
 
+    if picture and picture.suffix.lower() != ".png":
+        raise ValueError(f"--picture is {picture}; it is a PNG: let its name end in .png")
     data, found, stored = common.data(), {}, []
     for number, network in enumerate(networks):
         result: Any = measure(network, data, machine=common.machine())
@@ -276,6 +278,11 @@ def tables(
         raise ValueError("--plan, --run and --slurm exclude each other")
     if not seeds:
         raise ValueError("--seeds names no seed: give one or more, such as --seeds 0 1 2")
+    steps_only = {"--only": only, "--seeds": seeds != (0,), "--training": training, "--evaluation": evaluation}
+    if unused := [flag for flag, given in steps_only.items() if given and not (plan or run or slurm)]:
+        raise ValueError(f"{', '.join(unused)} say what to plan or run: add --plan, --run or --slurm FOLDER")
+    if export and (plan or slurm):
+        raise ValueError("--export writes rows, and --plan and --slurm only read them: leave one out")
     at_hand = list(map(missing.parse, data))
     for d in at_hand:
         if not d.shards.exists():
@@ -359,9 +366,8 @@ def report(
 
 def main() -> int:
     verbs = (retrieve, classify, probe, diagnose, features, compare, pretext, tables, report)
-    named: dict[str, Callable[..., int | None]] = {verb.__name__: verb for verb in verbs}
-    command = partial(tyro.extras.subcommand_cli_from_dict, named, prog="python -m eval", description=__doc__)
-    return ended(lambda: command() or DONE, "interrupted")
+    named: dict[str, Callable[..., int | None]] = {v.__name__: v for v in verbs}
+    return ended(partial(verb, named, sys.argv[1:], "python -m eval", __doc__), "interrupted")
 
 
 if __name__ == "__main__":

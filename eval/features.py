@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eval.results import Data, Foreign
+from preprocess.command import at_least
 from preprocess.files import replacing
 from train.config import Config
 from train.data import ClipSet, Modality
@@ -43,6 +44,10 @@ class Machine:
     device: str = "auto"
     workers: int | None = None
     """Processes that decode; None: one a core at hand but this process's own, 8 at most."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None:
+            at_least("workers", self.workers, 0)
 
 
 AUTO = Machine()

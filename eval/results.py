@@ -6,15 +6,20 @@
 | recipe, backbone, network | what was evaluated; network is video, iframe or motion |
 | pretraining, pretrained_on | recipe and manifest of the run it began from; empty where it began from none |
 | trained_on, subset | manifest and rows that it was trained on |
-| training_sha256 | of that manifest and its shards |
+| training_settings_sha256 | of those rows and of the settings of stage 1 that their shards were made with |
+| training_sha256 | of those rows and of their shards' bytes |
 | dataset, split | manifest evaluated on, by its name, and the number in ..._split1 |
 | seed, epoch, weights | weights is initial, last, or a kept epoch such as epoch-0005 |
 | metrics | name -> percent: 'class R@1', 'top-1', 'context accuracy', ... |
 | protocol | how the number was made, in a sentence |
 | commit, machine, when | of this program; where; UTC |
-| config_sha256, manifest_sha256, shards_sha256, weights_sha256 | of what went in |
+| config_sha256, manifest_sha256, weights_sha256 | of what went in |
+| shard_settings_sha256, shards_sha256 | of the settings of stage 1, and of the bytes that it made |
 
-Other keys may follow: queries and gallery of retrieval; classes, confusion and per_class of classification.
+Results are comparable where the recipe's settings, the manifests and the settings of stage 1 are the same. Hashes of
+bytes are provenance: another kind of CPU, or another version of a library, rounds otherwise. Rows of earlier programs
+lack the keys `LATER`. Other keys may follow: queries and gallery of retrieval; classes, confusion and per_class of
+classification.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from preprocess.files import write_text
 from preprocess.manifest import Manifest, dataset_name
+from preprocess.schema import Settings
 from preprocess.shards import ShardSet
 from train import checkpoint, runs
 from train.config import Config
@@ -47,8 +53,10 @@ KINDS = ("retrieval", "classification", "pretext", "knn", "linear", "diagnosis")
 TEXTS = (
     "kind", "recipe", "backbone", "network", "pretraining", "pretrained_on", "trained_on", "subset", "training_sha256",
     "dataset", "split", "weights", "protocol", "commit", "config_sha256", "manifest_sha256", "shards_sha256",
-    "weights_sha256", "machine", "when",
+    "weights_sha256", "machine", "when", "shard_settings_sha256", "training_settings_sha256",
 )  # fmt: skip
+LATER = ("shard_settings_sha256", "training_settings_sha256")
+"""Texts that are empty in rows from before they were stored."""
 KEYS = (*TEXTS, "seed", "epoch", "metrics")
 
 
@@ -95,6 +103,7 @@ class Data:
             "commit": runs.git_commit(),
             "manifest_sha256": self.manifest.sha256,
             "shards_sha256": self.shards.sha256(),
+            "shard_settings_sha256": self.shards.settings.sha256(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
@@ -120,18 +129,20 @@ def about(run: Run | Foreign, data: Data) -> Row:
     """Where a result comes from: every key but those of its `records`."""
     common = data.about() | {"recipe": run.recipe, "config_sha256": run.config.sha256()}
     if isinstance(run, Foreign):
-        unknown = dict.fromkeys(("pretraining", "pretrained_on", "trained_on", "subset", "training_sha256"), "")
+        of_training = ("training_settings_sha256", "training_sha256")
+        unknown = dict.fromkeys(("pretraining", "pretrained_on", "trained_on", "subset", *of_training), "")
         given = {"backbone": run.recipe, "seed": 0, "epoch": 0.0, "weights": "given"}
         return common | unknown | given | {"weights_sha256": checkpoint.sha256(run.network.state_dict())}
     made = runs.read(run.folder)
-    began = made["pretrained"]
+    began, settings = made["pretrained"], Settings.from_json(json.dumps(made["shards_settings"]))
     return common | {
         "backbone": run.config.networks.backbone,
         "pretraining": began.get("recipe", ""),
         "pretrained_on": began.get("trained_on", ""),
         "trained_on": made["trained_on"],
         "subset": made["subset"],
-        "training_sha256": hashlib.sha256(f"{made['manifest_sha256']} {made['shards_sha256']}".encode()).hexdigest(),
+        "training_settings_sha256": _sha256(f"{made['manifest_sha256']} {settings.sha256()}"),
+        "training_sha256": _sha256(f"{made['manifest_sha256']} {made['shards_sha256']}"),
         "seed": run.config.seed,
         "epoch": run.epoch,
         "weights": run.weights,
@@ -169,13 +180,17 @@ def fault(row: Row) -> str:
 
 
 def identity(row: Row) -> str:
-    """Names a row by all of its `KEYS`: 16 hex digits."""
+    """Names a row by all of its `KEYS`, without the `LATER` ones that it lacks: 16 hex digits."""
     numbers = {"epoch": float(row["epoch"]), "metrics": {k: float(v) for k, v in row["metrics"].items()}}
-    return digest(json.dumps({k: row[k] for k in KEYS} | numbers, sort_keys=True))
+    return digest(json.dumps({k: row[k] for k in KEYS if row[k] or k not in LATER} | numbers, sort_keys=True))
 
 
 def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _sha256(text)[:16]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def number_table(lines: Mapping[str, Mapping[str, float]], corner: str = "") -> str:

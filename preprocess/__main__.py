@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from preprocess.command import DONE, ERROR, TERMINATED, WITH_FAILURES, ended
+from preprocess.command import DONE, ERROR, TERMINATED, WITH_FAILURES, at_least, ended, verb
 from preprocess.schema import Settings
 
 
@@ -67,6 +67,8 @@ def run(
     """
     from preprocess import pipeline
 
+    at_least("--workers", workers, 1)
+    at_least("--max-failures", max_failures, 0)
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     if not match:
         raise ValueError(f"--part is {part!r}; write i/n, for example 3/16")
@@ -139,6 +141,7 @@ def flow(shards: tyro.conf.Positional[Path], videos: Path, workers: int = 1, tim
     """
     from preprocess import flow as flows
 
+    at_least("--workers", workers, 1)
     made, skipped = flows.run(shards, videos, workers, time_limit)
     print(f"optical flow of {made} shards made, of {skipped} already there")
     return DONE
@@ -174,6 +177,7 @@ def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, se
     """
     from preprocess.synthetic import Scenes, write
 
+    at_least("--workers", workers, 1)
     made = write(out, Scenes(train=train, test=test, seed=seed), workers=workers)
     print(f"{len(made.paths)} scenes of {len(made.classes)} classes in {out / 'videos'}, {out / 'manifest.csv'}")
     return DONE
@@ -200,6 +204,7 @@ def check(shards: tyro.conf.Positional[Path], workers: int = 1) -> int:
     """
     from preprocess import check as checks
 
+    at_least("--workers", workers, 1)
     problems = checks.problems(shards, workers)
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -243,21 +248,9 @@ def terminate(*_: object) -> NoReturn:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, terminate)
-    verbs: dict[str, Callable[..., int]] = {
-        "run": run,
-        "manifest": manifest,
-        "flow": flow,
-        "inspect": inspect,
-        "check": check,
-        "info": info,
-        "copy": copy,
-        "synthetic": synthetic,
-    }
-    return ended(
-        lambda: tyro.extras.subcommand_cli_from_dict(verbs, prog="python -m preprocess", description=__doc__),
-        "interrupted: run the same command again to go on",
-        (RuntimeError,),
-    )
+    verbs = {v.__name__: v for v in (run, manifest, flow, inspect, check, info, copy, synthetic)}
+    command = partial(verb, verbs, sys.argv[1:], "python -m preprocess", __doc__)
+    return ended(command, "interrupted: run the same command again to go on", (RuntimeError,))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,17 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from preprocess.schema import INTRA, JOURNAL, SCHEMA, checksum_path, file_sha256, flow_path, shard_paths, work_path
+from preprocess.schema import (
+    INTRA,
+    JOURNAL,
+    NO_SHARDS,
+    SCHEMA,
+    checksum_path,
+    file_sha256,
+    flow_path,
+    shard_paths,
+    work_path,
+)
 from preprocess.shards import Shard, ShardSet
 
 ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
@@ -26,7 +36,7 @@ def problems(folder: Path, workers: int = 1) -> list[str]:
     """Everything wrong with the shards of a folder, one sentence each; empty if all is sound."""
     paths = shard_paths(folder)
     if not paths:
-        raise ValueError(f"{folder} holds no shards (shard-*.h5)")
+        raise ValueError(NO_SHARDS.format(folder))
     work = joblib.Parallel(n_jobs=workers, return_as="generator")(joblib.delayed(file_problems)(p) for p in paths)
     found = [p for shard in tqdm(work, total=len(paths), unit="shard", disable=None) for p in shard]
     if not found:
@@ -132,7 +142,7 @@ def describe(folder: Path) -> str:
         list(folder.glob(work_path(Path("shard-*[0-9].h5")).name)),
     )
     if not shards and not begun:
-        raise ValueError(f"{folder} holds no shards (shard-*.h5): make them with python -m preprocess run")
+        raise ValueError(NO_SHARDS.format(folder))
     journals = [path.read_bytes() for work in begun for path in work.glob(JOURNAL)]
     finished = sum(max(0, text.count(b"\n") - 1) for text in journals)
     lines = [f"begun     {len(begun)} more, with {finished} videos finished"] if begun else []

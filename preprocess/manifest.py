@@ -145,6 +145,11 @@ class Manifest:
                 f"{path} is a folder, not a manifest of one: make that with python -m preprocess manifest {path} --out "
                 "videos.csv"
             )
+        if not Path(path).exists():
+            raise ValueError(
+                f"there is no manifest {path}: data_manifests/ has some, and one of a folder of videos is made with "
+                f"python -m preprocess manifest FOLDER --out {path}"
+            )
         lines, rows = read_csv(path, COLUMNS)
         return from_rows(rows, str(path), lambda row: f"{path}, line {lines[row]}")
 

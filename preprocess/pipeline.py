@@ -24,7 +24,7 @@ from tqdm import tqdm
 from preprocess import outlook
 from preprocess.check import checksum_problems
 from preprocess.codec import Codec, CodecError, Reader, plain, spread
-from preprocess.command import say
+from preprocess.command import at_least, say
 from preprocess.files import replacing
 from preprocess.manifest import Manifest
 from preprocess.schema import Failure, Origin, Settings, shard_name, shard_paths
@@ -272,8 +272,7 @@ def _await(shard: Path) -> None:
 
 def plan(manifest: Manifest, settings: Settings, videos_per_shard: int, **common: Any) -> list[Task]:
     """Cut a manifest into one task a shard, with what is `common` to all."""
-    if videos_per_shard < 1:
-        raise ValueError(f"--videos-per-shard is {videos_per_shard}; it must be at least 1")
+    at_least("--videos-per-shard", videos_per_shard, 1)
     starts = range(0, len(manifest), videos_per_shard)
     origin = Origin(settings, manifest.videos_sha256, manifest.classes, library_versions(LIBRARIES), shards=len(starts))
     numbers = manifest.label_numbers

@@ -56,6 +56,7 @@ MACROBLOCK = 16
 QUARTERS = 4  # motion is stored in quarter pixels
 INTRA = -32768
 JOURNAL = "journal"
+NO_SHARDS = "{} holds no shards (shard-*.h5): name a folder that does, or make them with python -m preprocess run"
 COPY_BYTES = 1 << 20  # what fits into a core's cache is copied and hashed faster than what does not
 
 SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {

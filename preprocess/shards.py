@@ -22,6 +22,7 @@ from preprocess.schema import (
     FLOW_FORMAT,
     FLOW_VERSION,
     FORMAT,
+    NO_SHARDS,
     OFFSETS,
     OPTIONAL,
     SCHEMA,
@@ -320,7 +321,7 @@ class ShardSet:
         self.folder = Path(folder)
         names = shard_paths(self.folder)
         if not names:
-            raise ValueError(f"{self.folder} holds no shards (shard-*.h5): make them with python -m preprocess run")
+            raise ValueError(NO_SHARDS.format(self.folder))
         self.shards = [Shard(p) for p in names]
         self.origin = self.shards[0].origin
         for shard in self.shards:

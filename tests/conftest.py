@@ -23,8 +23,9 @@ from train.config import Config, Networks, flatten
 from train.draws import Sampling
 from train.recipes import RECIPES
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("TEST_DATA", ROOT.parent / "shared" / "data"))
+"""Real videos and official lists, for the tests that want some."""
 TINY = Settings(width=176, height=144, frame_width=112, frame_height=92)
 PAN = (3, -2)
 """Displacement of the content of the panned video, pixels of the encoded frame, each frame."""
@@ -126,7 +127,7 @@ def real_clips() -> list[Path]:
     """The real clips of several sources, as files."""
     clips = sorted((DATA / "clips").glob("*")) if DATA.is_dir() else []
     if not clips:
-        pytest.skip(f"no real clips in {DATA / 'clips'}")
+        pytest.skip(f"no real videos in {DATA / 'clips'}: put some there, or name another folder by TEST_DATA")
     return clips
 
 

@@ -44,10 +44,11 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_weights_have_one_name_each(tmp_path: Path) -> None:
+    (tmp_path / "epoch-0005.pt").touch()
     assert checkpoint.weights_path(tmp_path, "last") == tmp_path / "checkpoint.pt"
     assert checkpoint.weights_path(tmp_path, "epoch-0005") == tmp_path / "epoch-0005.pt"
     for name in ("checkpoint", "../other/checkpoint", "epoch-5", "initial"):
-        with pytest.raises(ValueError, match=r"there are no weights .* say last, or a kept epoch"):
+        with pytest.raises(ValueError, match=rf"has no weights '{name}', but initial, last, epoch-0005"):
             checkpoint.weights_path(tmp_path, name)
 
 

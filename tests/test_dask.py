@@ -171,7 +171,7 @@ def test_a_shard_that_is_not_to_be_seen_is_an_error(
 ) -> None:
     """The worker has a disk of its own where the shards should go."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
+        pytest.skip("mounting is not allowed here: run the tests as root")
     manifest, out = write_videos(tmp_path, 2), tmp_path / "shards"
     out.mkdir()
     address = empty_cluster.schedule()

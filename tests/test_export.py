@@ -102,7 +102,7 @@ def test_a_failed_export_leaves_what_was_there(
     export(load_run(joint_run), tmp_path / "out")
     before = files(tmp_path)
     assert command.main(["export", str(joint_run), "--out", str(tmp_path / "out"), "--weights", "epoch-0007"]) == 1
-    assert "epoch-0007.pt does not exist" in capsys.readouterr().err
+    assert "has no weights 'epoch-0007', but initial" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert command.main(["export", str(joint_run), "--out", str(tmp_path / "file")]) == 1
     assert files(tmp_path) == before | {"file": b""}

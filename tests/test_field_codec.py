@@ -54,7 +54,7 @@ ssize_t read(int fd, void *buffer, size_t count) {
 """
 
 
-@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler to make the fault with")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler to make the fault with: apt-get install gcc")
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_a_disk_that_fails_in_mid_file_stops_the_shard(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

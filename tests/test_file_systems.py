@@ -76,7 +76,7 @@ def test_a_set_of_more_shards_than_open_files_is_read_and_trained_from(tmp_path:
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tests/stand_in.c, to be preloaded."""
     if not shutil.which("gcc"):
-        pytest.skip("gcc, which compiles the stand-in for NFS and for missing locks, is not here")
+        pytest.skip("no gcc to compile the stand-in for NFS and for missing locks with: apt-get install gcc")
     library = tmp_path_factory.mktemp("stand_in") / "stand_in.so"
     source = Path(__file__).with_name("stand_in.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)

@@ -12,19 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DATA, ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_manifests import generate
 from preprocess.manifest import SUBSETS, Manifest, dataset_name
 
-ROOT = Path(__file__).parent.parent
 LISTS = ROOT / "data_manifests"
-OFFICIAL = ROOT.parent / "shared" / "data" / "splits"
+OFFICIAL = DATA / "splits"
 UCF101 = ["ucf101.csv", "ucf101_split1.csv", "ucf101_split2.csv", "ucf101_split3.csv"]
 HMDB51 = ["hmdb51.csv", "hmdb51_split1.csv", "hmdb51_split2.csv", "hmdb51_split3.csv"]
 
-needs_official_lists = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official lists are not at {OFFICIAL}")
+needs_official_lists = pytest.mark.skipif(
+    not OFFICIAL.is_dir(),
+    reason=f"no official lists in {OFFICIAL}: data_manifests/README.md says where they are; unpack them there as "
+    "ucf101_official and hmdb51_official",
+)
 
 
 @cache

@@ -161,9 +161,11 @@ def test_what_is_not_at_hand_is_said_down_the_line(tmp_path: Path) -> None:
     assert {name for name, step in steps.items() if step.lacks} == {name for name in steps if "k400" in name} != set()
     assert {step.lacks for step in steps.values()} == {"", "--data k400=SHARDS:MANIFEST is not given"}
     lines = missing.describe(planned(("1",), tmp_path, data=[UCF101])).splitlines()
-    assert len(lines) == 16 and "python -m train pretrain-ucf101-c3d-current --out" in lines[0]
+    assert len(lines) == 17 and "python -m train pretrain-ucf101-c3d-current --out" in lines[0]
     assert lines[1].endswith("# after 1") and "# cannot run: --data hmdb51=" in lines[2]
-    assert lines[-1].startswith("5 trainings and 10 evaluations are missing, 10 of these can run: 0.0 hours by clips")
+    assert lines[-2] == "5 trainings and 10 evaluations are missing: 6.0 GPU hours estimated"
+    assert lines[-1] == "10 of these can run: 5.9 GPU hours estimated"
+    assert missing.describe(planned(("1",), tmp_path, data=[])).endswith("estimated\nnone can run: give their --data")
     assert missing.describe([]) == "nothing is missing"
 
 

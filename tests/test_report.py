@@ -179,7 +179,7 @@ SEEN = """
 def test_a_browser_shows_all_of_it(report: Path, tmp_path: Path, width: int) -> None:
     browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
     if browser is None:
-        pytest.skip("no chromium or google-chrome on the path")
+        pytest.skip("no chromium or google-chrome on the path: apt-get install chromium")
     opened = tmp_path / "opened.html"
     opened.write_text(report.read_text(encoding="utf-8") + SEEN, encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -104,12 +105,15 @@ def test_a_result_says_where_it_came_from(tiny: Tiny, joint_run: Path) -> None:
         "config_sha256": loaded.config.sha256(),
         "manifest_sha256": data.manifest.sha256,
         "shards_sha256": data.shards.sha256(),
+        "shard_settings_sha256": data.shards.settings.sha256(),
         "weights_sha256": loaded.weights_sha256(),
     }
     assert {k: origin[k] for k in hashes} == hashes and all(len(h) == 64 for h in hashes.values())
     known = {"recipe": "small", "backbone": "r3d10", "weights": "last", "epoch": 1, "seed": 0, "dataset": "split"}
     known |= {"split": "", "trained_on": "split", "subset": "train", "pretraining": "", "pretrained_on": ""}
     assert {k: origin[k] for k in known} == known and len(origin["training_sha256"]) == 64
+    trained_with = f"{data.manifest.subset('train').sha256} {data.shards.settings.sha256()}"
+    assert origin["training_settings_sha256"] == hashlib.sha256(trained_with.encode()).hexdigest()
     assert about(loaded, Data(data.shards, data.manifest, "ucf101_split3"))["split"] == "3"
 
 

@@ -144,6 +144,24 @@ def test_a_cell_takes_the_rows_of_its_run_only() -> None:
     assert scratch.fits(fitting | {"recipe": "scratch-hmdb51-c3d", "pretraining": "", "pretrained_on": ""})
 
 
+def test_seeds_that_saw_other_bytes_are_named_under_their_table(tmp_path: Path) -> None:
+    place = {"dataset": "scenes", "trained_on": "scenes", "subset": "train"}
+    metrics = {f"{part} R@1": 50.0 for part in ("context", "motion", "both")}
+    rows = [example(seed=seed, metrics=metrics, **place) for seed in range(3)]
+    other = example("scenes-motion", metrics=metrics, **place, shards_sha256="ef" * 32)
+    (table,) = tables.build(stored(tmp_path / "alike", rows), ["scenes"])
+    assert table.notes == []
+    rows[2] |= {"shards_sha256": "cd" * 32, "training_sha256": "ef" * 32}
+    (table,) = tables.build(stored(tmp_path / "mixed", [*rows, other]), ["scenes"])
+    than = "on shards of other bytes ({}) than most (abababab)".format
+    assert table.notes == [
+        "scenes, context R@1 to scenes, both R@1: seed 2 was measured "
+        f"{than('cdcdcdcd')}; seed 2 was trained {than('efefefef')}.",
+        f"scenes-motion, context R@1 to scenes-motion, both R@1: seed 0 was measured {than('efefefef')}.",
+    ]
+    assert all(f"- {note}\n" in tables.markdown(table) for note in table.notes)
+
+
 def test_unknown_tables_are_named() -> None:
     with pytest.raises(ValueError, match="there is no table 10; there are 1, 2"):
         cells(["10"])

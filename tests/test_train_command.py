@@ -121,9 +121,7 @@ def test_only_the_first_process_speaks_without_its_number(
         assert capsys.readouterr().err.startswith(opening)
 
 
-def test_help_teaches_and_unknown_recipes_are_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.cost.describe", lambda *_: "")  # test_cost.py reads it
     assert command.main(["--list"]) == 0
     listed = capsys.readouterr().out
@@ -131,19 +129,10 @@ def test_help_teaches_and_unknown_recipes_are_named(
     assert "    differs from small: objective.motion_loss mse (infonce)\n" in listed
     assert command.main(["--help"]) == 0
     assert "python -m train" in capsys.readouterr().out
-    assert command.main([]) == 2
-    assert "recipes: " in capsys.readouterr().err
-    assert command.main(["bogus"]) == 2
-    errors = capsys.readouterr().err
-    assert "'bogus'" in errors and "pretrain-ucf101-c3d" in errors and "did you mean" not in errors
-    assert command.main(["smal"]) == 2 and "'smal'; did you mean small" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         command.main(["small", "--help"])
     assert stop.value.code == 0
     assert "--objective.alpha" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        command.main(["small", "--objective.beta", "1"])
-    assert stop.value.code == 2
 
 
 def test_a_setting_out_of_its_limits_is_an_error(

@@ -161,7 +161,7 @@ def test_real_videos_train(tmp_path: Path) -> None:
     videos = DATA / "ucf5"
     paths = [str(p.relative_to(videos)) for p in sorted(videos.glob("*/*.avi"))[::60]]
     if not paths:
-        pytest.skip(f"no real videos in {videos}")
+        pytest.skip(f"no real videos in {videos}: put folders of some there, or name another by TEST_DATA")
     settings = Settings(width=176, height=144, frame_width=112, frame_height=92)
     shards = make_shards(tmp_path, videos, paths, [Path(p).parts[0] for p in paths], settings=settings)
     assert len(shards) == len(paths)
@@ -253,7 +253,7 @@ def test_a_step_is_one_graph(tiny: Tiny) -> None:
 @pytest.mark.soak  # half a minute to two of compilation
 def test_compiled_steps_are_the_same(tiny: Tiny, tmp_path: Path) -> None:
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
+        pytest.skip("no C++ compiler, which torch.compile needs on a CPU: apt-get install g++")
     # Two steps of what compiles soonest: one network, and no dropout, which would draw other numbers.
     config = tiny_config("small-scratch", batch_size=6, epochs=1, supervision=Supervision("scratch", dropout=0.0))
     config = replace(config, networks=replace(config.networks, backbone="c3d"))

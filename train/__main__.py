@@ -12,7 +12,6 @@ machines.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from preprocess.command import DONE, TERMINATED, USAGE, ended, process, say
+from preprocess.command import DONE, TERMINATED, ended, process, say, unknown, verb, wrong
 from train.config import Finetuning, Pretraining, Runtime
 
 
@@ -54,6 +53,7 @@ class FinetuningArguments(Arguments):
     config: Annotated[Finetuning, tyro.conf.arg(name="")]
 
 
+PROG = "python -m train"
 ARGUMENTS = {Pretraining: PretrainingArguments, Finetuning: FinetuningArguments}
 
 
@@ -108,24 +108,22 @@ def run(argv: list[str]) -> int:
     if argv[:1] == ["--list"]:
         list_recipes()
         return DONE
-    if argv[:1] == ["export"]:
-        tyro.cli(export_run, args=argv[1:], prog="python -m train export")
+    if argv[:1] in (["export"], ["--version"]):
+        return verb({"export": export_run}, argv, PROG, __doc__ or "")
+    if not argv:
+        return wrong(f"the recipe is missing; {PROG} --list shows them")
+    if argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\nrecipes: {', '.join(RECIPES)}\n{PROG} RECIPE --help shows every setting")
         return DONE
-    if not argv or argv[0] not in RECIPES:
-        helping = argv[:1] in (["-h"], ["--help"])
-        to = sys.stdout if helping else sys.stderr
-        print(__doc__, file=to)
-        print(f"recipes: {', '.join(RECIPES)}\npython -m train RECIPE --help shows every setting", file=to)
-        if argv and not helping:
-            close = difflib.get_close_matches(argv[0], RECIPES, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            print(f"error: no recipe is called {argv[0]!r}{hint}", file=sys.stderr)
-        return DONE if helping else USAGE
+    if argv[0] not in RECIPES:
+        return unknown("recipe", argv[0], [*RECIPES, "export"], f"{PROG} --list shows them")
     recipe = RECIPES[argv[0]]
     missing = tyro.MISSING
     kind: Any = ARGUMENTS[type(recipe.config)]
     default = kind(shards=missing, manifest=missing, out=missing, config=recipe.config)
-    a = tyro.cli(kind, args=argv[1:], default=default, prog=f"python -m train {argv[0]}", description=recipe.about)
+    a = tyro.cli(kind, args=argv[1:], default=default, prog=f"{PROG} {argv[0]}", description=recipe.about)
+    if late := [epoch for epoch in a.runtime.keep_epochs if not 1 <= epoch <= a.config.epochs]:
+        raise ValueError(f"--keep-epochs names {late[0]}; this run has epochs 1 to {a.config.epochs}")
     from torch import OutOfMemoryError
 
     from preprocess.manifest import Manifest, dataset_name

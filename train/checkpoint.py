@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,12 @@ KEYS: dict[str, type | tuple[type, ...]] = {"model": dict, "config": str, "step"
 
 def weights_path(folder: Path, weights: str) -> Path:
     """The file of a run's 'last' weights or of a kept epoch's; ValueError for any other name."""
-    if weights != "last" and not re.fullmatch(r"epoch-\d{4,}", weights):
-        raise ValueError(f"there are no weights {weights!r}: say last, or a kept epoch such as epoch-0005")
+    kept = sorted(path.stem for path in folder.glob("epoch-*.pt"))
+    if weights not in ("last", *kept):
+        raise ValueError(
+            f"{folder} has no weights {weights!r}, but {', '.join(('initial', 'last', *kept))}; --keep-epochs of "
+            "python -m train keeps more"
+        )
     return folder / ("checkpoint.pt" if weights == "last" else f"{weights}.pt")
 
 

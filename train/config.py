@@ -12,7 +12,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from train.draws import BEFORE, Cropping, Photometric, Sampling, at_least, one_of, positive, probability
+from preprocess.command import at_least
+from train.draws import BEFORE, Cropping, Photometric, Sampling, one_of, positive, probability
 
 MotionLoss = Literal["infonce", "mse", "cross_entropy"]
 

@@ -15,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from preprocess.command import at_least
+
 Period = Literal["future", "current"]
 Motion = Literal["vectors", "flow"]
 Generator = np.random.Generator
@@ -252,11 +254,6 @@ def clip_starts(frames: int, span: int, clips: int) -> np.ndarray:
 
 def nearest(iframes: np.ndarray, frame: float) -> int:
     return int(np.abs(iframes - frame).argmin())
-
-
-def at_least(name: str, value: float, least: int) -> None:
-    if not least <= value < math.inf:  # NaN is not
-        raise ValueError(f"{name} is {value}; choose {least} or more")
 
 
 def positive(name: str, value: float) -> None:

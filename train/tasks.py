@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from preprocess.command import at_least
 from preprocess.manifest import Manifest
 from preprocess.schema import Settings
 from preprocess.shards import ShardSet
@@ -34,6 +35,7 @@ class PretrainingTask:
 
     def __init__(self, config: Pretraining, shards: ShardSet, manifest: Manifest | None) -> None:
         c = config
+        at_least("batch_size", c.batch_size, 2)  # a clip is told from others of the batch
         self.config, self.settings = config, shards.settings
         unread = UNREAD.get(c.objective.alpha)
         self.data = PretrainSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, unread)

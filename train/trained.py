@@ -62,7 +62,8 @@ def load_run(folder: Path, weights: str = "last") -> Run:
 
 def load_pretrained(folder: Path, weights: str = "last") -> Run:
     """A run to begin from: `load_run`, but never its untrained weights."""
-    checkpoint.weights_path(folder, weights)
+    if weights == "initial":
+        raise ValueError("--pretrained-weights initial are not pretrained: begin from last, or from a kept epoch")
     return load_run(folder, weights)
 
 

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.results import KEYS, TEXTS, Row, digest, fault, identity
+from eval.results import KEYS, LATER, TEXTS, Row, digest, fault, identity
+from preprocess.command import say
 from preprocess.files import replacing
 from preprocess.manifest import Manifest, dataset_name
 from preprocess.shards import ShardSet
@@ -22,6 +23,12 @@ from train.recipes import RECIPES
 MANIFESTS = Path(__file__).resolve().parents[2] / "data_manifests"
 COLUMNS = tuple(k for k in KEYS if k != "metrics")
 """Of a CSV, before 'metric', 'value' and 'row'."""
+COMPARED = {
+    "manifest_sha256": "it was measured with another manifest",
+    "shard_settings_sha256": "its shards were made with other settings of stage 1",
+    "training_settings_sha256": "it was trained with another manifest, or on shards of other settings of stage 1",
+}
+"""Hashes that rows of one table share, and what it means where one has another."""
 Refused = list[tuple[Row, str]]
 """Rows that are left out, each with the reason."""
 
@@ -48,12 +55,14 @@ def gather(
     if needed and not sources and not folder.exists():
         raise ValueError(f"there is no folder {folder}: name the folder of runs with --runs, or rows with --results")
     rows = read([*([folder] if folder.exists() else []), *sources])
+    if needed and not rows:
+        say(f"note: there are no results in {', '.join(map(str, (folder, *sources)))}; python -m eval writes them")
     datasets = {row["dataset"] for row in rows if "fault" not in row}
     manifests = {p.stem: p for p in MANIFESTS.glob("*.csv") if p.stem in datasets} | {
         d.dataset: d.manifest for d in at_hand
     }
-    shards = {d.dataset: ShardSet(d.shards).sha256() for d in at_hand if d.shards.exists()}
-    return check(rows, {name: Manifest.read(path).sha256 for name, path in manifests.items()}, shards)
+    settings = {d.dataset: ShardSet(d.shards).settings.sha256() for d in at_hand if d.shards.exists()}
+    return check(rows, {name: Manifest.read(path).sha256 for name, path in manifests.items()}, settings)
 
 
 def read(sources: Iterable[Path]) -> list[Row]:
@@ -61,7 +70,7 @@ def read(sources: Iterable[Path]) -> list[Row]:
 
     A row has the keys 'file', 'id' (`results.identity`) and, from a CSV, 'name' (of its lines); and 'fault' where it
     cannot be believed: a damaged file, a name that is not the hash of what it holds, a missing key. `check` names
-    those. Raises ValueError where a source is neither.
+    those. Raises ValueError where a source is neither, or is not there.
     """
     rows: list[Row] = []
     for source in sources:
@@ -69,19 +78,22 @@ def read(sources: Iterable[Path]) -> list[Row]:
             rows += map(_read_json, sorted(source.glob("**/results/*-*.json")))
         elif source.is_file():
             rows += _read_csv(source)
-        else:
+        elif source.exists():
             raise ValueError(f"{source} is neither a folder of runs nor a CSV of results")
+        else:
+            raise ValueError(f"{source} does not exist: name a folder of runs, or a CSV that tables --export wrote")
     return rows
 
 
 def check(
-    rows: Sequence[Row], manifests: Mapping[str, str] | None = None, shards: Mapping[str, str] | None = None
+    rows: Sequence[Row], manifests: Mapping[str, str] | None = None, settings: Mapping[str, str] | None = None
 ) -> tuple[list[Row], Refused]:
     """(rows that may stand in one table, the others).
 
     A row is left out where it is damaged; where its settings are not its recipe's or not its run's; where its weights
-    have been replaced since; where its data are not those of `manifests` and `shards` (name of the data set -> hash)
-    or, with data sets that are not there, not those of most rows. The same row read twice counts once.
+    have been replaced since; where its data are not those of `manifests` and `settings` (name of the data set -> hash)
+    or, with data sets that are not there, not those of most rows. The bytes of shards may differ (see `eval.results`).
+    The same row read twice counts once.
     """
     sound: dict[str, Row] = {}
     refused: Refused = []
@@ -94,10 +106,10 @@ def check(
     for reasons in (
         _replaced,
         partial(_unlike, key="manifest_sha256", known=manifests or {}),
-        partial(_unlike, key="shards_sha256", known=shards or {}),
+        partial(_unlike, key="shard_settings_sha256", known=settings or {}),
         partial(_unlike, key="manifest_sha256"),
-        partial(_unlike, key="shards_sha256"),
-        partial(_unlike, key="training_sha256", among="trained_on"),
+        partial(_unlike, key="shard_settings_sha256"),
+        partial(_unlike, key="training_settings_sha256", among="trained_on"),
     ):
         why = reasons(kept)
         refused += [(row, why[row["id"]]) for row in kept if row["id"] in why]
@@ -123,23 +135,23 @@ def _read_json(path: Path) -> Row:
             raise ValueError("not an object")
     except (ValueError, OSError) as error:
         return {"file": str(path), "fault": f"it cannot be read ({error})"}
+    row = dict.fromkeys(LATER, "") | row | {"file": str(path)}
     if path.stem.rpartition("-")[2] != digest(text):
         wrong = "its name is not the hash of what it holds: it was changed after it was written"
     else:
         wrong = fault(row)
-    row = row | {"file": str(path)}
     return row | ({"fault": wrong} if wrong else {"id": identity(row)})
 
 
 def _read_csv(path: Path) -> list[Row]:
     try:
         with open(path, newline="") as f:
-            lines = list(csv.DictReader(f))
+            reader = csv.DictReader(f)
+            lines = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV of results: {error}") from error
     wanted = {*COLUMNS, "metric", "value", "row"}
-    if lines and set(lines[0]) != wanted:
-        odd = sorted(wanted ^ {str(k) for k in lines[0]})
+    if odd := sorted(wanted ^ ({*(reader.fieldnames or ())} | {*LATER})):
         raise ValueError(f"{path} is no CSV of results: {', '.join(odd)} unknown or missing")
     groups: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in lines:
@@ -149,7 +161,7 @@ def _read_csv(path: Path) -> list[Row]:
 
 def _of_lines(name: str, lines: Sequence[Mapping[str, str]]) -> Row:
     """The row that some lines of a CSV are of, with its 'id' or its 'fault'."""
-    row: Row = {k: lines[0][k] for k in TEXTS}
+    row: Row = dict.fromkeys(LATER, "") | {k: lines[0][k] for k in TEXTS if k in lines[0]}
     try:
         row |= {"seed": int(lines[0]["seed"]), "epoch": float(lines[0]["epoch"])}
         row["metrics"] = {line["metric"]: float(line["value"]) for line in lines}
@@ -206,17 +218,18 @@ def _unlike(
     rows: Sequence[Row], key: str, among: str = "dataset", known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Rows whose `key` is not the `known` one of their `among`; where none are given, not that of most rows with the
-    same `among` (of equal camps the later one stays)."""
+    same `among` (of equal camps the later one stays). A row of an earlier program without the key passes."""
     if known is None:
         camps: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
-            camps[row[among]][row[key]].append(row["when"])
+            if row[key]:
+                camps[row[among]][row[key]].append(row["when"])
         known = {name: max(of, key=lambda k, of=of: (len(of[k]), max(of[k]))) for name, of in camps.items()}  # type: ignore[misc]
         whose = "that of most rows on {}"
     else:
         whose = "that of {} at hand"
     return {
-        row["id"]: f"its {key} is {row[key][:8]}, {whose.format(row[among])} {known[row[among]][:8]}"
+        row["id"]: f"{COMPARED[key]} ({key} {row[key][:8]}, {whose.format(row[among])} {known[row[among]][:8]})"
         for row in rows
-        if row[key] != known.get(row[among], row[key])
+        if row[key] and row[key] != known.get(row[among], row[key])
     }

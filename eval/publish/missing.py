@@ -253,13 +253,19 @@ def describe(steps: Sequence[Step]) -> str:
         lacks = f"  # cannot run: {step.lacks}" if step.lacks else ""
         lines.append(f"{n:4}  {step.hours:7.2f} h {how:9}  {step}{after}{lacks}")
     ready = [step for step in steps if not step.lacks]
-    measured, estimated = (sum(s.hours for s in ready if s.measured == how) for how in (True, False))
     trainings = sum(step.command[0] == "train" for step in steps)
-    lines.append(
-        f"{trainings} trainings and {len(steps) - trainings} evaluations are missing, {len(ready)} of these can run: "
-        f"{measured:.1f} hours by clips per second measured here, {estimated:.1f} GPU hours estimated"
-    )
+    lines.append(f"{trainings} trainings and {len(steps) - trainings} evaluations are missing: {_total(steps)}")
+    if len(ready) < len(steps):
+        lines.append(f"{len(ready)} of these can run: {_total(ready)}" if ready else "none can run: give their --data")
     return "\n".join(lines)
+
+
+def _total(steps: Sequence[Step]) -> str:
+    said = []
+    for measured, unit in ((True, "hours by clips per second measured here"), (False, "GPU hours estimated")):
+        if each := [step.hours for step in steps if step.measured == measured]:
+            said.append(f"{sum(each):.1f} {unit}" if sum(each) >= 0.05 else f"under 0.1 {unit}")
+    return ", ".join(said)
 
 
 # ---- carried out here

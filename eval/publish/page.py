@@ -93,8 +93,7 @@ def _table(table: Table, pictures: dict[str, str]) -> str:
         cells = "".join(_cell(table.at(row, c), c) for c in table.columns)
         kind = ' class="ours"' if mixed and table.ours(row) else ""
         lines.append(f"<tr{kind}><th>{escape(row)}</th>{cells}</tr>")
-    notes = dict.fromkeys(f"{e.note}." for e in table.entries.values() if e.note and e.paper)
-    listed = "".join(f"<li>{escape(n)}</li>" for n in notes)
+    listed = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     name, _, title = table.heading.partition(". ") if table.name in NINE else (table.name, "", table.title)
     plot = pictures.get(plot_name(table), "")
     drawn = f'<div class="plot">{_svg(plot, f"plot of table {table.name}")}</div>' if plot else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from eval.results import Row
 from preprocess.files import replacing, write_text
 
 NOT_RUN = "not run"
+BYTES = {"shards_sha256": ("dataset", "measured"), "training_sha256": ("trained_on", "trained")}
+"""Hashes of shards' bytes, which comparable rows may differ in; of which data set, and what was done on them."""
 HEADS = ("table", "row", "column", "paper", "ours", "deviation", "seeds", "difference", "recipe", "rows", "note")
 
 
@@ -57,6 +60,8 @@ class Entry:
     note: str = ""
     cell: Cell | None = None
     value: Value | None = None
+    provenance: str = ""
+    """Which of its seeds saw shards of other bytes than most of the table; empty where all saw the same."""
 
     @property
     def number(self) -> float | None:
@@ -88,6 +93,16 @@ class Table:
     def at(self, row: str, column: str) -> Entry:
         return self.entries.get((row, column), Entry())
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on some of its cells."""
+        found: dict[str, list[str]] = {}
+        for (row, column), e in self.entries.items():
+            for note in (e.note if e.paper else "", e.provenance):
+                if note:
+                    found.setdefault(note, []).append(f"{row}, {column}")
+        return [f"{of[0]}{' to ' + of[-1] if len(of) > 1 else ''}: {note}." for note, of in found.items()]
+
     def ours(self, row: str) -> bool:
         """Whether one of our runs fills something of a row."""
         return any(self.at(row, c).cell for c in self.columns)
@@ -113,6 +128,9 @@ def _table(
 ) -> Table:
     """The table of some entries, with what ran here for their cells."""
     filled = {place: replace(e, value=_value(e.cell, rows, dataset)) for place, e in entries.items()}
+    values = [e.value for e in filled.values() if e.value]
+    usual = {key: _usual(values, key, among) for key, (among, _) in BYTES.items()}
+    filled = {place: replace(e, provenance=_provenance(e.value, usual)) for place, e in filled.items()}
     lines, columns = zip(*filled)
     return Table(name, title, tuple(dict.fromkeys(lines)), tuple(dict.fromkeys(columns)), filled)
 
@@ -121,6 +139,24 @@ def _value(cell: Cell | None, rows: Sequence[Row], dataset: str) -> Value | None
     fitting = sorted((r for r in rows if cell and cell.fits(r, dataset)), key=lambda r: (r["when"], r["id"]))
     newest = {row["seed"]: row for row in fitting}
     return Value(tuple(newest[seed] for seed in sorted(newest)), cell.metric) if cell and newest else None
+
+
+def _usual(values: Iterable[Value], key: str, among: str) -> dict[str, str]:
+    """Name of a data set -> the hash that most rows of a table have."""
+    rows = {row["id"]: row for value in values for row in value.rows}
+    counted = Counter((row[among], row[key]) for row in rows.values())
+    return {name: of for (name, of), _ in sorted(counted.items(), key=lambda item: (item[1], item[0]))}
+
+
+def _provenance(value: Value | None, usual: Mapping[str, Mapping[str, str]]) -> str:
+    said = []
+    for key, (among, done) in BYTES.items():
+        for row in value.rows if value else ():
+            if row[key] != (most := usual[key][row[among]]):
+                said.append(
+                    f"seed {row['seed']} was {done} on shards of other bytes ({row[key][:8]}) than most ({most[:8]})"
+                )
+    return "; ".join(said)
 
 
 def markdown(table: Table) -> str:
@@ -140,12 +176,7 @@ def markdown(table: Table) -> str:
         for number, (what, texts) in enumerate(parts):
             kind = f"{what} | " if nine else ""
             lines.append(f"| {row if number == 0 else ''} | {kind}" + " | ".join(texts) + " |")
-    notes: dict[str, list[str]] = {}
-    for (row, column), e in table.entries.items():
-        if e.note and e.paper:
-            notes.setdefault(e.note, []).append(f"{row}, {column}")
-    lines += ["", *(f"- {of[0]}{' to ' + of[-1] if len(of) > 1 else ''}: {note}." for note, of in notes.items())]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes)]).rstrip() + "\n"
 
 
 def document(tables: Sequence[Table], refused: Refused) -> str:
@@ -180,7 +211,8 @@ def write_csv(tables: Sequence[Table], path: Path) -> None:
                     ours = [f"{v.mean:.2f}", f"{v.deviation:.2f}" if len(v.rows) > 1 else "", str(len(v.rows))]
                 recipe, ids = e.cell.recipe if e.cell else "", " ".join(r["id"] for r in v.rows) if v else ""
                 difference = e.difference.replace("−", "-")
-                writer.writerow([table.name, row, column, e.paper, *ours, difference, recipe, ids, e.note])
+                note = "; ".join(filter(None, (e.note, e.provenance)))
+                writer.writerow([table.name, row, column, e.paper, *ours, difference, recipe, ids, note])
 
 
 def write(tables: Sequence[Table], refused: Refused, plots: Mapping[str, str], out: Path) -> list[Path]:
