@@ -37,7 +37,7 @@ from torch.utils.data import default_collate
 from benchmarks import motion_loss, train_step
 from benchmarks.common import ROOT, rendered
 from benchmarks.loader import throughput
-from benchmarks.train_step import BACKBONES, Case, configuration, label
+from benchmarks.train_step import BACKBONES, TINY, Case, configuration, label
 from preprocess.command import DONE, TERMINATED
 from preprocess.files import write_text
 from preprocess.schema import Settings
@@ -53,11 +53,6 @@ from train.tasks import PretrainingTask
 RECIPE = "pretrain-ucf101-c3d"
 TRAINING = 6 * 60  # seconds that are kept for it
 TOLERANCE = 1e-3  # of inputs, and of loss and gradient in their length
-TINY: dict[str, Any] = {
-    **dict.fromkeys(("networks.width", "networks.iframe_width", "networks.motion_width"), 4),
-    **{"networks.predictor_width": 16, "networks.head_hidden": 16, "networks.head_out": 8},
-    **{"sampling.frames": 8, "sampling.stride": 2, "sampling.negatives": 1, "size": 32, "motion_size": 32},
-}
 Part = Callable[[], dict[str, Any]]
 
 
@@ -71,6 +66,7 @@ def main() -> int:
     if (options.shards is None) != (options.manifest is None):
         parser.error("--shards and --manifest belong together")
     deadline = time.monotonic() + 60 * options.minutes
+    to_train = TRAINING if options.shards else 0
     device = torch.device(choose_device("auto"))
     stored = options.out / "measurements.json"
     record = resumed(stored, machine(device))
@@ -86,7 +82,7 @@ def main() -> int:
         if options.shards or device.type == "cpu":
             todo.append(("training", partial(train, shards, manifest, options.out / "c3d", device, deadline)))
         for name, part in todo:
-            there, late = record["parts"].get(name), name != "training" and time.monotonic() > deadline - TRAINING
+            there, late = record["parts"].get(name), name != "training" and time.monotonic() > deadline - to_train
             if late or (there and not there.get("unfinished")):
                 continue
             print(f"{name} ...", file=sys.stderr, flush=True)
@@ -99,9 +95,9 @@ def main() -> int:
                 about = {"commit": git_commit(), "seconds": round(time.monotonic() - begin, 1)}
                 record["parts"][name] = found | about
                 write_text(stored, json.dumps(record, indent=1) + "\n")
-            gc.collect()
-            torch.compiler.reset()
             if device.type == "cuda":
+                torch.compiler.reset()
+                gc.collect()
                 torch.cuda.empty_cache()
     missing = [name for name, _ in todo if name not in record["parts"] or record["parts"][name].get("unfinished")]
     text = page(record)
