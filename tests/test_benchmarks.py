@@ -118,7 +118,7 @@ def test_a_part_that_fails_costs_no_other(
     monkeypatch.setattr(gpu, "train", lambda *_: {"epoch": 1.0})
     assert gpu.main() == 0 and done == ["agreement", "loader", "agreement"]
     assert "- agreement: seen 0.5" in (tmp_path / "table.md").read_text()
-    with pytest.raises(ValueError, match="choose another --out"):
+    with pytest.raises(ValueError, match="remove it, or choose another --out"):
         gpu.resumed(tmp_path / "measurements.json", {"device": "another"})
 
 
