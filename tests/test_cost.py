@@ -94,6 +94,21 @@ def test_whole_runs() -> None:
     assert cost.dataset("pretrain-k400-r3d26") == ("Kinetics-400", 246_000) and cost.dataset("small-mse") is None
 
 
+def test_the_peak_of_a_gpu_goes_by_its_name_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, device = RECIPES["scratch-ucf101-c3d"].config, torch.device("cuda")
+    for name, bfloat16, tf32 in (
+        ("NVIDIA H100 80GB HBM3", 989e12, 494e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        for precision, peak in (("bfloat16", bfloat16), ("float32", tf32)):
+            assert cost.seconds_at_peak(config, device, precision) == pytest.approx(c3d_by_hand() / peak)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert cost.seconds_at_peak(config, device, "float32") is None
+    assert cost.seconds_at_peak(config, torch.device("cpu"), "float32") is None
+
+
 def test_the_list_has_costs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(RECIPES):
         if name not in ("scratch-ucf101-c3d", "small-scratch"):

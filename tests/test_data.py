@@ -25,9 +25,11 @@ from preprocess.manifest import Manifest
 from preprocess.schema import INTRA, Failure, Origin, Settings
 from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
+from train.config import Objective, Pretraining
 from train.data import ClipSet, EpochSampler, FinetuneSet, PretrainSet, decode_frames, select
 from train.draws import Cropping, Photometric, Sampling
 from train.loader import make_loader
+from train.tasks import PretrainingTask
 
 SETTINGS = Settings(width=64, height=48, frame_width=32, frame_height=32)
 COUNTS = (160, 100, 71, 60, 40, 26, 25)  # frames of the numbered videos; the last cannot serve
@@ -145,6 +147,18 @@ def test_a_sample_holds_what_was_drawn(shards: ShardSet) -> None:
             boxes = {tuple(b) for b in (*sample["motion_box"].tolist(), sample["iframe_box"].tolist())}
             assert len(boxes) == 5
             assert (sample["index"], sample["label"]) == (index, LABELS[index])
+
+
+@pytest.mark.parametrize(("alpha", "unread", "reads"), [(0.0, "motion", "_motion"), (1.0, "iframe", "decode_iframes")])
+def test_one_task_alone_reads_nothing_of_the_other_and_is_drawn_alike(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, alpha: float, unread: str, reads: str
+) -> None:
+    both = [pretrain(shards)[1, i] for i in range(6)]
+    monkeypatch.setattr(f"train.data.{reads}", lambda *_: pytest.fail("it was read"))
+    data = PretrainingTask(Pretraining(objective=Objective(alpha)), shards, None).data
+    for i, sample in enumerate(both):
+        assert same(data[1, i], {key: value for key, value in sample.items() if not key.startswith(unread)})
+        assert f"{unread}_box" in sample
 
 
 def test_draws_depend_on_seed_epoch_and_video_alone(shards: ShardSet) -> None:

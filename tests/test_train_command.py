@@ -96,6 +96,18 @@ def test_a_full_gpu_is_an_error_of_one_line(
     assert line.startswith("error: CUDA out of memory. Tried to allocate 9 GiB. Keep less there with --recompute")
 
 
+def test_compiling_without_a_compiler_is_an_error_of_one_line(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command.main([*train_command(tiny, tmp_path / "run", tiny_config())[3:], "--compile"]) == 1
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert re.match(r"error: --compile cannot work here \(.*C\+\+ compiler.*g\+\+", errors)
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_the_first_process_speaks_without_its_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +148,7 @@ def test_a_setting_out_of_its_limits_is_an_error(
 ) -> None:
     arguments = train_command(tiny, tmp_path / "run", tiny_config())[3:]
     wrong = {"--objective.alpha": "2", "--epochs": "0", "--log-steps": "0", "--seed": "-1", "--size": "2"}
+    wrong |= {"--checkpoint-minutes": "nan", "--precision": "bfloat16"}
     wrong |= {"--optimiser.lr-per-sample": "nan", "--optimiser.clip-norm": "0", "--objective.motion-temperature": "-1"}
     wrong |= {"--networks.width": "0", "--objective.loss-scale": "inf", "--device": "gpu0"}
     for option, value in wrong.items():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from kornia.color import rgb_to_grayscale
@@ -110,12 +109,13 @@ def photometric(clip: Tensor, params: Tensor, taps: int = 13) -> Tensor:
     fixed: blur, brightness, contrast (about the clip's mean luma), saturation, hue, grey. A sample for which an
     operation was not drawn keeps its pixels through it, bit for bit.
 
-    With params on the CPU only the drawn samples are computed, which halves the work; a device that holds them computes
-    all samples and selects, since asking which were drawn would wait for it.
+    With params on the CPU only the drawn samples are computed, which halves the work; a device that holds them, and
+    compiled code, compute all samples and select, since asking which were drawn would wait for the device.
     """
     sigma, brightness, contrast, saturation, hue, grey = params.unbind(1)
     jittered = (brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0)
-    where = _only_drawn if params.device.type == "cpu" else _all_then_select
+    asking = params.device.type == "cpu" and not torch.compiler.is_compiling()
+    where = _only_drawn if asking else _all_then_select
     clip = where(sigma > 0, clip, lambda x, s: _blur(x, s, taps), sigma)
     clip = where(jittered, clip, _jitter, brightness, contrast, saturation, hue)
     return where(grey > 0, clip, _grey)
@@ -124,19 +124,15 @@ def photometric(clip: Tensor, params: Tensor, taps: int = 13) -> Tensor:
 def normalise(clip: Tensor) -> Tensor:
     """RGB in [0, 1], (B, 3, ...), to zero mean and unit deviation a channel, by ImageNet's statistics."""
     shape = (1, 3, *[1] * (clip.ndim - 2))
-    mean, std = _imagenet(clip.device)
-    return (clip - mean.view(shape)) / std.view(shape)
+    # Filled on the device, since a copy from the host waits for it.
+    channels = ([torch.full((), x, device=clip.device) for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.stack(each).view(shape) for each in channels)
+    return (clip - mean) / std
 
 
 def without_still(clip: Tensor, drawn: Tensor) -> Tensor:
     """Clips (B, 3, T, S, S), those that are drawn (B,) less their mean over time: what stands still becomes zero."""
     return torch.where(drawn.view(-1, 1, 1, 1, 1), clip - clip.mean(2, keepdim=True), clip)
-
-
-@cache
-def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation on the device; kept, because a copy from the host waits for it."""
-    return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
 
 
 def _all_then_select(drawn: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:

@@ -77,8 +77,9 @@ class TrainingSet(Dataset[Sample]):
     | index, label | int | row of this data set; class number, -1 unknown |
 
     A video too short for its motion window beside the clip does not serve; one shorter than the clip repeats from its
-    start, as at evaluation. `failed` counts rows of the manifest that stage 1 could not store. Raises ValueError as
-    `select` does.
+    start, as at evaluation. `failed` counts rows of the manifest that stage 1 could not store. What is `unread`,
+    "iframe" or "motion", is drawn, so that the rest is what it would be, but neither read nor in the sample. Raises
+    ValueError as `select` does.
     """
 
     def __init__(
@@ -92,11 +93,12 @@ class TrainingSet(Dataset[Sample]):
         *,
         with_iframe: bool,
         with_motion: bool,
+        unread: Modality | None = None,
     ) -> None:
         if with_motion:
             _check_motion(shards, sampling)
         self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
-        self.seed, self.with_iframe, self.with_motion = seed, with_iframe, with_motion
+        self.seed, self.with_iframe, self.with_motion, self.unread = seed, with_iframe, with_motion, unread
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
         long = [largest_stride(f, sampling) > 0 for f in shards.frames[self.video].tolist()]
@@ -115,15 +117,16 @@ class TrainingSet(Dataset[Sample]):
         pages or keeps; an array a clip would be paged in anew."""
         drawn = [self._draw(key) for key in keys]
         self._expect(drawn)
-        if self.with_motion:
+        if self.with_motion and self.unread != "motion":
             for shard, *_, windows, sample in drawn:
                 sample["motion"] = _motion(_maps(shard, self.sampling), windows, self.sampling)
         stored, length = self.shards.settings, self.sampling.frames
         clips = np.empty((len(keys), length, stored.frame_height, stored.frame_width, 3), np.uint8)
-        iframes = np.empty((len(keys), int(self.with_iframe), stored.height, stored.width, 3), np.uint8)
+        with_iframe = self.with_iframe and self.unread != "iframe"
+        iframes = np.empty((len(keys), int(with_iframe), stored.height, stored.width, 3), np.uint8)
         for (shard, frames, near, _, sample), clip, pictures in zip(drawn, clips, iframes):
             sample["clip"] = decode_frames(shard, frames, clip)
-            if self.with_iframe:
+            if with_iframe:
                 (sample["iframe"],) = decode_iframes(shard, near, pictures)
         return [sample for *_, sample in drawn]
 
@@ -169,6 +172,9 @@ class TrainingSet(Dataset[Sample]):
         # Last, so that it shifts no other draw.
         sample["clip_still_removed"] = bool(rng.random() < self.photometric.still_removed_p)
         clip = first + (start + stride * np.arange(s.frames)) % frames
+        if self.unread:
+            sample = {key: value for key, value in sample.items() if not key.startswith(self.unread)}
+            near, windows = ([], windows) if self.unread == "iframe" else (near, [])
         return Drawn(shard, clip, np.array(near, int), first + np.array(windows, int), sample)
 
     def _view(self, rng: np.random.Generator, of: str) -> Sample:
@@ -196,8 +202,10 @@ class PretrainSet(TrainingSet):
         cropping: Cropping,
         photometric: Photometric,
         seed: int = 0,
+        unread: Modality | None = None,
     ) -> None:
-        super().__init__(shards, manifest, sampling, cropping, photometric, seed, with_iframe=True, with_motion=True)
+        views = (cropping, photometric)
+        super().__init__(shards, manifest, sampling, *views, seed, with_iframe=True, with_motion=True, unread=unread)
         if not self.serves.any():
             raise ValueError(
                 f"none of {len(self)} videos has the {sampling.needed(1)} frames that a clip at stride 1 and its "

@@ -16,7 +16,7 @@ from preprocess.schema import Settings
 from preprocess.shards import ShardSet
 from train import augment
 from train.config import Config, Finetuning, Pretraining
-from train.data import EpochSampler, FinetuneSet, PretrainSet
+from train.data import EpochSampler, FinetuneSet, Modality, PretrainSet
 from train.objectives import Loss, context_matching, joint, motion_loss, motion_targets
 
 Batch = dict[str, Tensor]
@@ -25,6 +25,7 @@ Found = dict[str, Tensor]
 """The parts of a loss by name, each a mean over the batch: motion_loss, motion_accuracy, ..."""
 
 
+UNREAD: dict[float, Modality] = {0.0: "motion", 1.0: "iframe"}  # by alpha, where one task is all there is
 WINDOWS, CHUNK = 2048, 64  # motion windows that the scale of their vectors is taken of, and so many at a time
 
 
@@ -34,7 +35,8 @@ class PretrainingTask:
     def __init__(self, config: Pretraining, shards: ShardSet, manifest: Manifest | None) -> None:
         c = config
         self.config, self.settings = config, shards.settings
-        self.data = PretrainSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed)
+        unread = UNREAD.get(c.objective.alpha)
+        self.data = PretrainSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, unread)
         self.left_out = f"{self.data.dropped} too short"
 
     def inputs(self, batch: Batch) -> Inputs:
