@@ -52,7 +52,8 @@ bench: $(VENV)/ready
 	$(PY) -m benchmarks.busy
 
 gpu: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(PY) -m benchmarks.gpu $(if $(SHARDS),--shards $(SHARDS)) $(if $(MANIFEST),--manifest $(MANIFEST))
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(SHARDS),--shards $(SHARDS) --manifest $(MANIFEST))
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -9,7 +9,7 @@ equation 2  in tiles and written out, up to batches that only tiles can hold (be
 loader      clips a second on all cores (benchmarks.loader)
 training    table 9's C3D on SHARDS for the time that is left, and then what it retrieves; without SHARDS, left out
 
-Without a GPU everything runs on the CPU with tiny networks, in a quarter of a minute, and says so: whether it runs, not
+Without a GPU everything runs on the CPU with tiny networks, in half a minute, and says so: whether it runs, not
 how fast. Status 1 where a part failed: it is tried again the next time.
 """
 
@@ -37,8 +37,8 @@ from torch.utils.data import default_collate
 from benchmarks import motion_loss, train_step
 from benchmarks.common import ROOT, rendered
 from benchmarks.loader import throughput
-from benchmarks.train_step import BACKBONES, Case, configuration, label
-from preprocess.command import DONE, TERMINATED
+from benchmarks.train_step import BACKBONES, TINY, Case, configuration, label
+from preprocess.command import DONE, ERROR, TERMINATED, ended
 from preprocess.files import write_text
 from preprocess.schema import Settings
 from preprocess.shards import ShardSet
@@ -53,11 +53,6 @@ from train.tasks import PretrainingTask
 RECIPE = "pretrain-ucf101-c3d"
 TRAINING = 6 * 60  # seconds that are kept for it
 TOLERANCE = 1e-3  # of inputs, and of loss and gradient in their length
-TINY: dict[str, Any] = {
-    **dict.fromkeys(("networks.width", "networks.iframe_width", "networks.motion_width"), 4),
-    **{"networks.predictor_width": 16, "networks.head_hidden": 16, "networks.head_out": 8},
-    **{"sampling.frames": 8, "sampling.stride": 2, "sampling.negatives": 1, "size": 32, "motion_size": 32},
-}
 Part = Callable[[], dict[str, Any]]
 
 
@@ -74,7 +69,6 @@ def main() -> int:
     device = torch.device(choose_device("auto"))
     stored = options.out / "measurements.json"
     record = resumed(stored, machine(device))
-    failed = []
     with tempfile.TemporaryDirectory(prefix="context-motion-") as folder:
         shards, manifest = options.shards, options.manifest
         if shards is None:
@@ -82,36 +76,46 @@ def main() -> int:
             settings = Settings(**({} if device.type == "cuda" else small))
             with redirect_stdout(sys.stderr):
                 shards, manifest = rendered(Path(folder), settings, test=9)
-        todo = list(parts(ShardSet(shards), device))
+        todo = dict(parts(ShardSet(shards), device))
+        until = dict.fromkeys(todo, deadline - (TRAINING if options.shards else 0))
         if options.shards or device.type == "cpu":
-            todo.append(("training", partial(train, shards, manifest, options.out / "c3d", device, deadline)))
-        for name, part in todo:
-            there, late = record["parts"].get(name), name != "training" and time.monotonic() > deadline - TRAINING
-            if late or (there and not there.get("unfinished")):
-                continue
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            begin = time.monotonic()
-            try:
-                found = part()
-            except Exception as error:  # whatever it is, it must not cost the other parts
-                failed.append(f"{name}: {type(error).__name__}: {error}")
-            else:
-                about = {"commit": git_commit(), "seconds": round(time.monotonic() - begin, 1)}
-                record["parts"][name] = found | about
-                write_text(stored, json.dumps(record, indent=1) + "\n")
-            gc.collect()
-            torch.compiler.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    missing = [name for name, _ in todo if name not in record["parts"] or record["parts"][name].get("unfinished")]
+            todo["training"] = partial(train, shards, manifest, options.out / "c3d", device, deadline)
+            until["training"] = math.inf  # it takes the time that is left
+        failed = work_off(todo, until, record, stored)
     text = page(record)
     write_text(options.out / "table.md", text)
     print(text)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
-    if missing:
+    if missing := [name for name in todo if is_missing(record, name)]:
         print(f"not finished, the same command goes on: {', '.join(missing)}", file=sys.stderr)
-    return 1 if failed else 0
+    return ERROR if failed else DONE
+
+
+def work_off(todo: dict[str, Part], until: dict[str, float], record: dict[str, Any], stored: Path) -> list[str]:
+    """Measure what is missing of the record and store it part by part; none is begun after its time. Returns what
+    failed, and why: whatever it was, it costs no other part."""
+    failed = []
+    for name, part in todo.items():
+        begin = time.monotonic()
+        if not is_missing(record, name) or begin > until[name]:
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            found = part()
+            record["parts"][name] = found | {"commit": git_commit(), "seconds": round(time.monotonic() - begin, 1)}
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+        write_text(stored, json.dumps(record, indent=1) + "\n")
+        if torch.cuda.is_available():
+            torch.compiler.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+    return failed
+
+
+def is_missing(record: dict[str, Any], name: str) -> bool:
+    return record["parts"].get(name, {"unfinished": True}).get("unfinished", False)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -130,7 +134,8 @@ def resumed(stored: Path, here: dict[str, Any]) -> dict[str, Any]:
         return {"machine": here, "parts": {}}
     record = json.loads(stored.read_text())
     if record["machine"] != here:
-        raise ValueError(f"{stored} was measured on {record['machine']}, this is {here}: choose another --out")
+        there = record["machine"]
+        raise ValueError(f"{stored} was measured on {there}, this is {here}: remove it, or choose another --out")
     return record
 
 
@@ -280,4 +285,4 @@ def told(part: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main, "interrupted: the same command goes on"))
