@@ -1,4 +1,4 @@
-"""What is typed wrong: every error names what was given and the way out, in a line or in a few, before any work."""
+"""What is typed: every error names what was given and the way out, in a line or in a few, before any work; versions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from eval import __main__ as evaluating
 from preprocess import __main__ as preparing
+from preprocess import __version__
 from train import __main__ as training
 
 Tiny = tuple[Path, Path]
@@ -127,3 +129,15 @@ def test_what_is_typed_wrong_is_told_with_the_way_out(
     assert status in (1, 2) and list(tmp_path.iterdir()) == []
     assert re.search(WRONG[typed], " ".join(re.sub("[│╭╰─╮╯]", " ", said).split())), said
     assert said.count("\n") == 1 if said.startswith("error: ") else said.count("\n") < 16
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_version_is_that_of_the_changelog(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "--version"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert PROGRAMS[program]() == 0
+    assert capsys.readouterr().out == f"context-motion {__version__}\n"
+    latest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert latest and latest[1] == __version__
