@@ -35,6 +35,7 @@ def run(
     max_failures: int = 0,
     time_limit: float = 600.0,
     reader: Literal["pyav", "mvextractor"] = "pyav",
+    residuals: bool = False,
     spool: Path | None = None,
     dry_run: bool = False,
 ) -> int:
@@ -60,6 +61,8 @@ def run(
         time_limit: Seconds without progress, which is twelve frames, before a video's decoder is replaced.
         reader: What reads the motion vectors: PyAV, in the decode that gives the pictures, or mvextractor, in one of
             its own (Linux on x86-64). The bytes are the same.
+        residuals: Write the energy of what motion vectors did not predict, exact, into a file beside each shard; two
+            bytes a macroblock, and a quarter more time. The shards are the same.
         spool: Folder on a local disk for what becomes a shard, which otherwise lies beside the shards: it takes as much
             as a shard for each worker, and half of all that is written. Each job must get the same one again to go on
             within a shard.
@@ -83,6 +86,7 @@ def run(
         retry_failed=retry_failed,
         time_limit=time_limit,
         reader=reader,
+        residuals=residuals,
         spool=spool,
         dry_run=dry_run,
     )
