@@ -15,13 +15,18 @@ import numpy as np
 import pytest
 from conftest import make_shards, panned, write_video
 from test_check import assert_found, renew_checksum
-from test_shards import make_anew, put
+from test_shards import make_anew, put, write
 from test_stage1 import alive, encoded, files
 
 from preprocess import check, codec, encode, extract, residual
 from preprocess.schema import INTRA, NO_RESIDUAL, Settings
 from preprocess.shards import Shard, ShardSet
 from preprocess.writer import Spool
+from train import cost
+from train.data import ClipSet, PretrainSet
+from train.draws import Cropping, Photometric, Sampling
+from train.model import build_model
+from train.recipes import RECIPES
 
 ODD = Settings(width=120, height=90, frame_width=48, frame_height=32)  # macroblocks overhang both sides
 SMALL = replace(ODD, gop=4)
@@ -133,6 +138,51 @@ def test_what_stands_still_leaves_nothing_and_what_appears_much(tmp_path: Path) 
     new[2:4, 3:5] = True
     assert (group.residual[5][new] > 2000).all(), "more than eight levels a pixel, or intra"
     assert np.median(group.residual[5][~new]) < 256 > np.median(group.residual[6])
+
+
+# ---- what is learned from
+
+
+def test_data_sets_read_residuals_where_they_are_told_to(tmp_path: Path) -> None:
+    written = write(tmp_path, [40, 40])
+    with h5py.File(tmp_path / "shard-00000.residual.h5", "w") as f:
+        f["residual"] = np.random.default_rng(0).integers(0, 65536, (80, 3, 4), np.uint16)
+        f.attrs.update(format=b"context-motion-residual", version=1, shard_sha256=Shard(written.path).sha256.encode())
+    shards = ShardSet(tmp_path)
+    shard = shards.shards[0]
+    vectors = Sampling(frames=4, stride=2, motion_frames=3, negatives=2)
+    both, alone = (replace(vectors, motion=motion) for motion in ("vectors+residual", "residual"))
+    every = vectors, both, alone
+    pretraining = [PretrainSet(shards, None, s, Cropping(), Photometric()) for s in every]
+    clips = [ClipSet(shards, None, s, 5, "motion") for s in every]
+    for index in range(2):
+        for samples in ([d[3, index] for d in pretraining], [d[index] for d in clips]):
+            for key in samples[0].keys() - {"motion"}:
+                for sample in samples[1:]:
+                    np.testing.assert_array_equal(sample[key], samples[0][key])
+            for plain, three, one in zip(*(s["motion"] for s in samples), strict=True):
+                (first,) = (t for t in range(78) if np.array_equal(shard.motion[t : t + 3], plain))
+                np.testing.assert_array_equal(three[..., :2], plain)
+                np.testing.assert_array_equal(three[..., 2], shard.residual[first : first + 3])
+                np.testing.assert_array_equal(one[..., 0], three[..., 2])
+
+
+def test_shards_without_residuals_are_refused_where_they_are_wanted(tmp_path: Path) -> None:
+    write(tmp_path, [40, 40])
+    words = r"motion is vectors\+residual, but shard-00000\.residual\.h5 is missing.* or choose motion=vectors"
+    with pytest.raises(ValueError, match=words):
+        PretrainSet(ShardSet(tmp_path), None, Sampling(motion="vectors+residual"), Cropping(), Photometric())
+
+
+def test_the_m_network_and_the_losses_know_what_they_see() -> None:
+    configs = [RECIPES[name].config for name in ("small-residual-only", "small", "small-residual")]
+    for depth, config in enumerate(configs, 1):
+        first, *_ = build_model(config, 2).motion.network.parameters()
+        assert first.shape[1] == depth
+    one, two, three = map(cost.flops_per_clip, configs)
+    assert three - two == two - one > 0
+    with pytest.raises(ValueError, match=r"motion_loss is mse, of vectors, but motion is residual; choose infonce"):
+        RECIPES["small-mse"].config.changed({"sampling.motion": "residual"})
 
 
 # ---- beside the shard

@@ -62,7 +62,7 @@ def flops_per_clip(config: Config) -> float:
         config,
         networks=replace(config.networks, queries="normal", upsampling="trilinear"),
         optimiser=Optimiser(),
-        sampling=Sampling(s.frames, motion_frames=s.motion_frames, negatives=s.negatives),
+        sampling=Sampling(s.frames, motion_frames=s.motion_frames, motion=s.motion, negatives=s.negatives),
         cropping=Cropping(),
         photometric=Photometric(),
         batch_size=1,
@@ -84,7 +84,8 @@ def _count(config: Config) -> tuple[float, float]:
     """FLOPs of one clip: of the networks, and of the objectives in a batch of its own."""
     s, size = config.sampling, config.size
     clip = torch.empty(1, 3, s.frames, size, size, device="meta")
-    motion = torch.empty(1, 1 + s.negatives, 2, s.motion_frames, config.motion_size, config.motion_size, device="meta")
+    maps = s.motion_channels, s.motion_frames, config.motion_size, config.motion_size
+    motion = torch.empty(1, 1 + s.negatives, *maps, device="meta")
     with torch.device("meta"):
         model = build_model(config, 1)
     for module in list(model.modules()):

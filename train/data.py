@@ -5,7 +5,8 @@ from (seed, epoch, video), so that a sample is the same whichever worker or rank
 after a restart. Cropping, flipping and colours are drawn here and applied on the device, by `train.augment`.
 
 Legend: B batch, T clip frames, W motion maps of a window, K negative windows, C clips of a video at evaluation,
-h x w a stored frame, H x W an encoded frame (an I-frame), rows x cols the motion grid, P photometric numbers.
+h x w a stored frame, H x W an encoded frame (an I-frame), rows x cols the motion grid, D channels of a motion map, P
+photometric numbers.
 Boxes are (x0, y0, x1, y1) in fractions of the frame, 0 at the left and top edge and 1 at the right and bottom.
 """
 
@@ -57,7 +58,7 @@ class TrainingSet(Dataset[Sample]):
     | clip_still_removed | bool | whether it loses its mean over time |
     | iframe | uint8 (H, W, 3) | an I-frame in or near the clip |
     | iframe_box, iframe_flip, iframe_photo | as for the clip | drawn apart from the clip's |
-    | motion | int16 (1+K, W, rows, cols, 2) | windows as stored, the positive first |
+    | motion | int16 or int32 (1+K, W, rows, cols, D) | windows as stored, the positive first; see `_maps` |
     | motion_box, motion_flip | float32 (1+K, 4), bool (1+K,) | the positive's are the clip's |
     | serves | bool | false where the video is too short for the windows, which are zeros then |
     | index, label | int | row of this data set; class number, -1 unknown |
@@ -109,7 +110,7 @@ class TrainingSet(Dataset[Sample]):
         return [sample for *_, sample in drawn]
 
     def windows(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """The positive motion windows of some samples, without their pictures: int16 (n, W, rows, cols, 2), and their
+        """The positive motion windows of some samples, without their pictures: int (n, W, rows, cols, D), and their
         boxes float32 (n, 4) and flips bool (n,)."""
         drawn = [self._draw(key)[3] for key in keys]
         found = (np.stack([sample[name][0] for sample in drawn]) for name in ("motion", "motion_box", "motion_flip"))
@@ -219,7 +220,7 @@ class ClipSet(Dataset[Sample]):
     |---|---|---|---|
     | video | clips | uint8 (C, T, h, w, 3) | its frames |
     | iframe | iframes | uint8 (C, H, W, 3) | the I-frame nearest its centre, the earlier of two as near |
-    | motion | motion | int16 (C, W, rows, cols, 2) | the maps around its centre, as stored |
+    | motion | motion | int16 or int32 (C, W, rows, cols, D) | the maps around its centre, as stored |
 
     With `index` and `label` as in `TrainingSet`. A video shorter than the clip repeats from its start.
     """
@@ -257,7 +258,7 @@ class ClipSet(Dataset[Sample]):
             chosen = [nearest(iframes, centre) for centre in ((starts + span // 2) % frames).tolist()]
             return sample | {"iframes": decode_iframes(shard, first_iframe + np.array(chosen))}
         windows = starts[:, None] + (span - s.motion_frames) // 2 + np.arange(s.motion_frames)  # (C, W)
-        return sample | {"motion": _maps(shard, s)[first + windows % frames]}
+        return sample | {"motion": _maps(shard, s, first + windows % frames)}
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -365,23 +366,30 @@ def _decode(
 
 
 def _motion(shard: Shard, first: int, windows: list[int], s: Sampling) -> np.ndarray:
-    """Motion windows of the video whose first frame is `first`, int16 (1+K, W, rows, cols, 2); of no windows, zeros."""
-    maps = _maps(shard, s)
+    """Motion windows of the video whose first frame is `first`, (1+K, W, rows, cols, D); of no windows, zeros."""
     if not windows:
-        return np.zeros((1 + s.negatives, s.motion_frames, *maps.shape[1:]), maps.dtype)
-    return np.stack([maps[first + w : first + w + s.motion_frames] for w in windows])
+        none = _maps(shard, s, slice(0))
+        return np.zeros((1 + s.negatives, s.motion_frames, *none.shape[1:]), none.dtype)
+    return np.stack([_maps(shard, s, slice(first + w, first + w + s.motion_frames)) for w in windows])
 
 
-def _maps(shard: Shard, sampling: Sampling) -> np.ndarray:
-    """Motion of every frame, int16 (F, rows, cols, 2): the stream's vectors, or its optical flow (table 4)."""
-    return shard.flow if sampling.motion == "flow" else shard.motion
+def _maps(shard: Shard, sampling: Sampling, frames: slice | np.ndarray) -> np.ndarray:
+    """Motion of some frames (...), as stored: (..., rows, cols, D).
+
+    The stream's vectors or its optical flow, int16 with D = 2; int32 with the energy of the residual as a third channel
+    or alone.
+    """
+    if sampling.motion in ("vectors", "flow"):
+        return (shard.motion if sampling.motion == "vectors" else shard.flow)[frames]
+    energy = shard.residual[frames][..., None].astype(np.int32)
+    return energy if sampling.motion == "residual" else np.concatenate([shard.motion[frames], energy], -1)
 
 
 def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
     """Raise ValueError where the shards do not have what `_maps` gives."""
     try:
         for shard in shards.shards:
-            _maps(shard, sampling)
+            _maps(shard, sampling, slice(0))
     except ValueError as error:
         raise ValueError(f"motion is {sampling.motion}, but {error}, or choose motion=vectors") from error
 
