@@ -166,7 +166,7 @@ def inspect(
     return DONE
 
 
-def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, seed: int = 0) -> int:
+def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, motions: int = 6, seed: int = 0) -> int:
     """Render the embedded data set: scenes that cross context (a background) with motion (how sprites move).
 
     Args:
@@ -174,11 +174,13 @@ def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, se
         workers: Processes.
         train: Training scenes; a multiple of 36 keeps every pair of context and motion equally frequent.
         test: Test scenes.
+        motions: 8 adds sprites that appear and that vanish where they stand, which motion vectors cannot tell; then
+            train and test are multiples of 48.
         seed: Seed of every scene.
     """
     from preprocess.synthetic import Scenes, write
 
-    made = write(out, Scenes(train=train, test=test, seed=seed), workers=workers)
+    made = write(out, Scenes(motions=motions, train=train, test=test, seed=seed), workers=workers)
     print(f"{len(made.paths)} scenes of {len(made.classes)} classes in {out / 'videos'}, {out / 'manifest.csv'}")
     return DONE
 
