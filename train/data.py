@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Sampler
 from preprocess.shards import Shard, ShardSet
 from train.draws import (
     Cropping,
+    Motion,
     Photometric,
     Sampling,
     at_least,
@@ -45,6 +46,13 @@ if TYPE_CHECKING:
 Modality = Literal["video", "iframe", "motion"]
 Sample = dict[str, Any]
 
+COLUMNS: dict[Motion, tuple[str, ...]] = {
+    "vectors": ("motion",),
+    "flow": ("flow",),
+    "vectors+residual": ("motion", "residual"),
+    "residual": ("residual",),
+}
+"""Of a shard, which make up its motion."""
 SHOWN = 5  # paths named in an error
 
 
@@ -379,17 +387,20 @@ def _maps(shard: Shard, sampling: Sampling, frames: slice | np.ndarray) -> np.nd
     The stream's vectors or its optical flow, int16 with D = 2; int32 with the energy of the residual as a third channel
     or alone.
     """
-    if sampling.motion in ("vectors", "flow"):
-        return (shard.motion if sampling.motion == "vectors" else shard.flow)[frames]
-    energy = shard.residual[frames][..., None].astype(np.int32)
-    return energy if sampling.motion == "residual" else np.concatenate([shard.motion[frames], energy], -1)
+    columns = [c[frames] if c.ndim == 4 else c[frames][..., None].astype(np.int32) for c in _columns(shard, sampling)]
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
+
+
+def _columns(shard: Shard, sampling: Sampling) -> list[np.ndarray]:
+    """What `_maps` reads: vectors (F, rows, cols, 2), energies (F, rows, cols)."""
+    return [getattr(shard, name) for name in COLUMNS[sampling.motion]]
 
 
 def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
-    """Raise ValueError where the shards do not have what `_maps` gives."""
+    """Raise ValueError where the shards do not have what `_columns` gives."""
     try:
         for shard in shards.shards:
-            _maps(shard, sampling, slice(0))
+            _columns(shard, sampling)
     except ValueError as error:
         raise ValueError(f"motion is {sampling.motion}, but {error}, or choose motion=vectors") from error
 
