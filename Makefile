@@ -45,6 +45,7 @@ soak: $(VENV)/ready
 
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.stage1
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.residuals
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.flow
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.motion_loss
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.loader

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from preprocess.command import say
 from preprocess.files import replacing
-from preprocess.schema import checksum_path, file_sha256, flow_path, shard_name
+from preprocess.schema import BESIDE, beside_path, checksum_path, file_sha256, shard_name
 from preprocess.shards import ShardSet
 
 BATCH = 16  # shards that are looked for at once
@@ -149,13 +149,17 @@ def _sums(source: Place, workers: int) -> dict[str, bytes]:
     first = 0
     while True:
         shards = [shard_name(number) for number in range(first, first + BATCH)]
-        names = [name for shard in shards for name in (shard, flow_path(Path(shard)).name)]
+        names = [name for shard in shards for name in _with_beside(shard)]
         lines = dict(zip(names, _each(workers, source.checksum, names)))
         for shard in shards:
             if not lines[shard]:
                 return found
-            found |= {name: line for name in (shard, flow_path(Path(shard)).name) if (line := lines[name])}
+            found |= {name: line for name in _with_beside(shard) if (line := lines[name])}
         first += BATCH
+
+
+def _with_beside(shard: str) -> list[str]:
+    return [shard, *(beside_path(Path(shard), name).name for name in BESIDE)]
 
 
 def _copy(source: Place, target: Place, name: str, line: bytes, scratch: Path, bar: tqdm) -> None:

@@ -136,6 +136,15 @@ def test_flow(tiny: tuple[Path, Path]) -> None:
     assert all(0 <= float(v) < 1 for v in row[5].split(",")) and all(0 <= float(v) < 15 for v in row[6].split(","))
 
 
+def test_residuals(tiny: tuple[Path, Path]) -> None:
+    (row,) = table(run("residuals", "--quick", "--videos", str(tiny[0].parent / "videos" / "00.mp4")))[1:]
+    assert int(row[1]) == 40 and float(row[3]) > 0
+    assert all(float(v) > 0 for cell in (row[2], row[4]) for v in cell.split(","))
+    exact, whole = (float(v) for v in row[5].split(","))
+    # A pan of (3, -1) pixels of 176x144 is one of (5.8, -1.8) of 340x256.
+    assert 0 < exact < whole and float(row[6]) > 1 and float(row[7].strip().rstrip("%")) > 20
+
+
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     return write_video(tmp_path / "videos" / "clip.avi", panned(14, height=120, width=160), "mpeg4", {})

@@ -35,7 +35,8 @@ def smaller(name: str, **changes: Any) -> Any:
     narrow = {"iframe_width": 4, "motion_width": 4, "predictor_width": 16, "head_hidden": 16, "head_out": 8}
     networks = replace(config.networks, width=GROWS[config.networks.backbone], **narrow)
     tiny = tiny_config(kind, batch_size=4, epochs=2)
-    sampling = replace(tiny.sampling, period=config.sampling.period)
+    motion = "vectors" if config.sampling.motion == "flow" else config.sampling.motion
+    sampling = replace(tiny.sampling, period=config.sampling.period, motion=motion)
     subject = config.supervision if isinstance(config, Finetuning) else config.objective
     field = "supervision" if isinstance(config, Finetuning) else "objective"
     optimiser = Optimiser("adamw", lr_per_sample=2e-3, warmup_epochs=0)
@@ -50,6 +51,7 @@ def test_every_recipe_is_trained_below_under_its_own_name_or_another() -> None:
     for name in RECIPES:
         assert sum(smaller(name) == smaller(other) for other in TRAINED) == 1, name
     assert {"pretrain-ucf101-c3d-current", "pretrain-ucf101-r3d26", "regularised-ucf101-c3d", "small"} <= set(TRAINED)
+    assert {"small-residual", "small-residual-only", "pretrain-ucf101-c3d-residual"} <= set(TRAINED)
 
 
 @pytest.fixture(scope="module")

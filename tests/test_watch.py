@@ -149,6 +149,18 @@ def test_the_picture_by_hand() -> None:
         assert (blocks[row, :, 4:6] == [255, 0, 0]).all() and (blocks[row, :, 6:] == 255).all()
 
 
+@pytest.mark.parametrize("vectors", [0, 2])
+def test_the_picture_of_energies_is_grey(vectors: int) -> None:
+    motion = torch.zeros(1, vectors + 1, 4, 2, 2)
+    motion[:, -1, 2:, :, 1] = 0.2
+    image = picture(torch.zeros(1, 3, 8, 4, 4), motion)
+    columns = 4 + 2 * vectors + 4
+    assert image.shape == (4, 4 * columns, 3)
+    maps = image.reshape(4, columns, 4, 3).transpose(1, 0, 2, 3)
+    assert (maps[4:-4] == 255).all(), "no motion"
+    assert (maps[-4:-2] == 0).all() and (maps[-2:, :, :2] == 0).all() and (maps[-2:, :, 2:] == 51).all()
+
+
 def test_the_picture_of_a_run_without_motion(tmp_path: Path) -> None:
     watch = Watch("tensorboard", tmp_path, 0)
     watch.clips(1, (torch.zeros(2, 3, 8, 32, 32), None, None))

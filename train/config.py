@@ -198,6 +198,12 @@ class Pretraining(Config):
 
     objective: Objective = field(default_factory=Objective)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        loss, motion = self.objective.motion_loss, self.sampling.motion
+        if loss != "infonce" and self.sampling.motion_channels != 2:
+            raise ValueError(f"motion_loss is {loss}, of vectors, but motion is {motion}; choose infonce, or vectors")
+
 
 @dataclass(frozen=True)
 class Finetuning(Config):

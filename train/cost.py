@@ -101,7 +101,7 @@ def _simplest(config: Config, batch: int) -> Config:
         config,
         networks=replace(config.networks, queries="normal", upsampling="trilinear"),
         optimiser=Optimiser(),
-        sampling=Sampling(s.frames, motion_frames=s.motion_frames, negatives=s.negatives),
+        sampling=Sampling(s.frames, motion_frames=s.motion_frames, motion=s.motion, negatives=s.negatives),
         cropping=Cropping(),
         photometric=Photometric(),
         batch_size=batch,
@@ -170,7 +170,7 @@ def _step(model: PretrainingModel | FinetuningModel, config: Config) -> list[tup
     s, size = config.sampling, config.size
     like: dict[str, Any] = {"device": "meta", "dtype": next(model.parameters()).dtype}
     clip = torch.empty(config.batch_size, 3, s.frames, size, size, **like)
-    windows = (config.batch_size, 1 + s.negatives, 2, s.motion_frames)
+    windows = (config.batch_size, 1 + s.negatives, s.motion_channels, s.motion_frames)
     motion = torch.empty(*windows, config.motion_size, config.motion_size, **like)
     pairs, rest = _outputs(model, config, clip, motion)
     sum((x.sum() for pair in pairs for x in pair), rest).backward()

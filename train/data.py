@@ -5,7 +5,8 @@ from (seed, epoch, video), so that a sample is the same whichever worker or rank
 after a restart. Cropping, flipping and colours are drawn here and applied on the device, by `train.augment`.
 
 Legend: B batch, T clip frames, W motion maps of a window, K negative windows, C clips of a video at evaluation,
-h x w a stored frame, H x W an encoded frame (an I-frame), rows x cols the motion grid, P photometric numbers.
+h x w a stored frame, H x W an encoded frame (an I-frame), rows x cols the motion grid, D channels of a motion map, P
+photometric numbers.
 Boxes are (x0, y0, x1, y1) in fractions of the frame, 0 at the left and top edge and 1 at the right and bottom.
 """
 
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset, Sampler
 from preprocess.shards import Shard, ShardSet, expect
 from train.draws import (
     Cropping,
+    Motion,
     Photometric,
     Sampling,
     at_least,
@@ -44,6 +46,13 @@ if TYPE_CHECKING:
 Modality = Literal["video", "iframe", "motion"]
 Sample = dict[str, Any]
 
+COLUMNS: dict[Motion, tuple[str, ...]] = {
+    "vectors": ("motion",),
+    "flow": ("flow",),
+    "vectors+residual": ("motion", "residual"),
+    "residual": ("residual",),
+}
+"""Of a shard, which make up its motion."""
 SHOWN = 5  # paths named in an error
 
 
@@ -71,7 +80,7 @@ class TrainingSet(Dataset[Sample]):
     | clip_still_removed | bool | whether it loses its mean over time |
     | iframe | uint8 (H, W, 3) | an I-frame in or near the clip |
     | iframe_box, iframe_flip, iframe_photo | as for the clip | drawn apart from the clip's |
-    | motion | int16 (1+K, W, rows, cols, 2) | windows as stored, the positive first |
+    | motion | int16 or int32 (1+K, W, rows, cols, D) | windows as stored, the positive first; see `_maps` |
     | motion_box, motion_flip | float32 (1+K, 4), bool (1+K,) | the positive's are the clip's |
     | serves | bool | false where the video is too short for the windows, which are zeros then |
     | index, label | int | row of this data set; class number, -1 unknown |
@@ -119,7 +128,7 @@ class TrainingSet(Dataset[Sample]):
         self._expect(drawn)
         if self.with_motion and self.unread != "motion":
             for shard, *_, windows, sample in drawn:
-                sample["motion"] = _motion(_maps(shard, self.sampling), windows, self.sampling)
+                sample["motion"] = _motion(shard, windows, self.sampling)
         stored, length = self.shards.settings, self.sampling.frames
         clips = np.empty((len(keys), length, stored.frame_height, stored.frame_width, 3), np.uint8)
         with_iframe = self.with_iframe and self.unread != "iframe"
@@ -131,10 +140,10 @@ class TrainingSet(Dataset[Sample]):
         return [sample for *_, sample in drawn]
 
     def windows(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """The positive motion windows of some samples, without their pictures: int16 (n, W, rows, cols, 2), and their
+        """The positive motion windows of some samples, without their pictures: int (n, W, rows, cols, D), and their
         boxes float32 (n, 4) and flips bool (n,)."""
         drawn = [self._draw(key) for key in keys]
-        motion = [_motion(_maps(d.shard, self.sampling), d.windows[:1], self.sampling)[0] for d in drawn]
+        motion = [_motion(d.shard, d.windows[:1], self.sampling)[0] for d in drawn]
         boxes, flips = (np.stack([d.sample[name][0] for d in drawn]) for name in ("motion_box", "motion_flip"))
         return torch.from_numpy(np.stack(motion)), torch.from_numpy(boxes), torch.from_numpy(flips)
 
@@ -142,8 +151,8 @@ class TrainingSet(Dataset[Sample]):
         for shard, frames, near, windows, _ in drawn:
             shard.expect("frames", frames)
             shard.expect("iframes", near)
-            if len(windows):
-                expect(_maps(shard, self.sampling), windows, windows + self.sampling.motion_frames)
+            for column in _columns(shard, self.sampling) if len(windows) else ():
+                expect(column, windows, windows + self.sampling.motion_frames)
 
     def _draw(self, key: tuple[int, int]) -> Drawn:
         epoch, index = key
@@ -252,7 +261,7 @@ class ClipSet(Dataset[Sample]):
     |---|---|---|---|
     | video | clips | uint8 (C, T, h, w, 3) | its frames |
     | iframe | iframes | uint8 (C, H, W, 3) | the I-frame nearest its centre, the earlier of two as near |
-    | motion | motion | int16 (C, W, rows, cols, 2) | the maps around its centre, as stored |
+    | motion | motion | int16 or int32 (C, W, rows, cols, D) | the maps around its centre, as stored |
 
     With `index` and `label` as in `TrainingSet`. A video shorter than the clip repeats from its start.
     """
@@ -291,7 +300,7 @@ class ClipSet(Dataset[Sample]):
             chosen = [nearest(iframes, centre) for centre in ((starts + span // 2) % frames).tolist()]
             return sample | {"iframes": decode_iframes(shard, first_iframe + np.array(chosen))}
         windows = starts[:, None] + (span - s.motion_frames) // 2 + np.arange(s.motion_frames)  # (C, W)
-        return sample | {"motion": _maps(shard, s)[first + windows % frames]}
+        return sample | {"motion": _maps(shard, s, first + windows % frames)}
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -398,23 +407,34 @@ def _decode(
     return out
 
 
-def _motion(maps: np.ndarray, windows: np.ndarray, s: Sampling) -> np.ndarray:
-    """The maps from each first frame on, int16 (1+K, W, rows, cols, 2); of no windows, zeros."""
+def _motion(shard: Shard, windows: np.ndarray, s: Sampling) -> np.ndarray:
+    """Motion from each first frame on, (1+K, W, rows, cols, D); of no windows, zeros."""
     if not len(windows):
-        return np.zeros((1 + s.negatives, s.motion_frames, *maps.shape[1:]), maps.dtype)
-    return np.stack([maps[w : w + s.motion_frames] for w in windows.tolist()])
+        none = _maps(shard, s, slice(0))
+        return np.zeros((1 + s.negatives, s.motion_frames, *none.shape[1:]), none.dtype)
+    return np.stack([_maps(shard, s, slice(w, w + s.motion_frames)) for w in windows.tolist()])
 
 
-def _maps(shard: Shard, sampling: Sampling) -> np.ndarray:
-    """Motion of every frame, int16 (F, rows, cols, 2): the stream's vectors, or its optical flow (table 4)."""
-    return shard.flow if sampling.motion == "flow" else shard.motion
+def _maps(shard: Shard, sampling: Sampling, frames: slice | np.ndarray) -> np.ndarray:
+    """Motion of some frames (...), as stored: (..., rows, cols, D).
+
+    The stream's vectors or its optical flow, int16 with D = 2; int32 with the energy of the residual as a third channel
+    or alone.
+    """
+    columns = [c[frames] if c.ndim == 4 else c[frames][..., None].astype(np.int32) for c in _columns(shard, sampling)]
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
+
+
+def _columns(shard: Shard, sampling: Sampling) -> list[np.ndarray]:
+    """What `_maps` reads: vectors (F, rows, cols, 2), energies (F, rows, cols)."""
+    return [getattr(shard, name) for name in COLUMNS[sampling.motion]]
 
 
 def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
-    """Raise ValueError where the shards do not have what `_maps` gives."""
+    """Raise ValueError where the shards do not have what `_columns` gives."""
     try:
         for shard in shards.shards:
-            _maps(shard, sampling)
+            _columns(shard, sampling)
     except ValueError as error:
         raise ValueError(f"motion is {sampling.motion}, but {error}, or choose motion=vectors") from error
 

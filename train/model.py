@@ -1,6 +1,7 @@
 """The networks of one run: joined as in figure 2 to pretrain, or with a classifier to train with labels.
 
-Shapes: B videos, K negative windows, W maps a window, S and M pixels, N = T3 H3 W3 motion points, C embedding width.
+Shapes: B videos, K negative windows, W maps a window, S and M pixels, D channels of a motion map, N = T3 H3 W3
+motion points, C embedding width.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class MotionPrediction(nn.Module):
     def __init__(self, config: Config, video: VideoNetwork, loss: MotionLoss = "infonce", bins: int = 0) -> None:
         super().__init__()
         n, s = config.networks, config.sampling
-        network = r3d10(in_channels=2, width=n.motion_width, stem_stride=1)
+        network = r3d10(in_channels=s.motion_channels, width=n.motion_width, stem_stride=1)
         self.loss_name, self.grid = loss, network.grid(s.motion_frames, config.motion_size, config.motion_size)
         self.predictor = build_predictor(
             n.predictor,
@@ -87,7 +88,7 @@ class MotionPrediction(nn.Module):
             )
 
     def targets(self, motion: Tensor) -> tuple[Tensor, Tensor | None]:
-        """motion (B, 1+K, 2, W, M, M) with the positive window first -> targets and negatives as `Points` has them.
+        """motion (B, 1+K, D, W, M, M) with the positive window first -> targets and negatives as `Points` has them.
 
         To be called before anything else of a model: what is computed first has its backward pass last. The M-Network's
         takes the most memory, which is free once all else has had its own.
@@ -123,7 +124,7 @@ class PretrainingModel(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, Points | None]:
         """Embeddings (B, C) of clips and I-frames, of unit length, and the motion points; None where not asked for.
 
-        clip (B, 3, T, S, S), iframe (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M) with the positive window first.
+        clip (B, 3, T, S, S), iframe (B, 3, 1, S, S), motion (B, 1+K, D, W, M, M) with the positive window first.
         """
         targets = None if motion is None else self.motion.targets(motion)
         features = self.video.forward_pretrain(clip)  # (B, C1, T1, H1, W1)

@@ -1,6 +1,7 @@
 """What a run optimises: its data, what the network takes of a batch, and the loss; the loop knows no more of it.
 
-Shapes: B videos, K negative windows, W maps a window, T frames, S and M pixels of clips and of motion maps.
+Shapes: B videos, K negative windows, W maps a window, T frames, S and M pixels of clips and of motion maps, D
+channels of the latter.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def named(task: str, loss: Loss) -> Found:
 
 @torch.no_grad()
 def prepare(batch: Batch, config: Config, settings: Settings, with_iframe: bool, with_motion: bool) -> Inputs:
-    """Clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M); None where not wanted."""
+    """Clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion (B, 1+K, D, W, M, M); None where not wanted."""
 
     def coloured(frames: Tensor, of: str) -> Tensor:
         pixels = augment.crop(frames, batch[f"{of}_box"], batch[f"{of}_flip"], config.size)

@@ -125,9 +125,11 @@ def tagged(line: Mapping[str, float]) -> dict[str, float]:
 
 
 def picture(clip: Tensor, motion: Tensor | None) -> np.ndarray:
-    """A row a sample: frames, and beside them the maps of the motion window to predict, in the colours of motion.
+    """A row a sample: frames, and beside them the maps of the motion window to predict: vectors in the colours of
+    motion, the energy of residuals in grey.
 
-    clip (B, 3, T, S, S), normalised; motion (B, 2, W, M, M) in tens of pixels. Returns uint8 RGB, S pixels a cell.
+    clip (B, 3, T, S, S), normalised; motion (B, D, W, M, M) in tens of pixels, and of grey levels. Returns uint8 RGB, S
+    pixels a cell.
     """
     shown = clip[:SAMPLES, :, _spread(clip.shape[2])].float().cpu()  # (b, 3, t, S, S)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
@@ -135,8 +137,11 @@ def picture(clip: Tensor, motion: Tensor | None) -> np.ndarray:
     columns = [frames]
     if motion is not None:
         maps = motion[:SAMPLES, :, _spread(motion.shape[2])].float().cpu().permute(0, 2, 3, 4, 1).numpy()
-        place = np.arange(clip.shape[-1]) * maps.shape[2] // clip.shape[-1]  # the nearest vector of each pixel
-        columns.append(colour_wheel(maps, FULL_COLOUR)[:, :, place[:, None], place])  # (b, w, S, S, 3)
+        place = np.arange(clip.shape[-1]) * maps.shape[2] // clip.shape[-1]  # the nearest block of each pixel
+        depth = maps.shape[-1]
+        vectors = [colour_wheel(maps[..., :2], FULL_COLOUR)] if depth > 1 else []
+        energies = [np.rint(255 * maps[..., -1:]).astype(np.uint8).repeat(3, -1)] if depth % 2 else []
+        columns += [each[:, :, place[:, None], place] for each in vectors + energies]  # (b, w, S, S, 3)
     grid = np.concatenate(columns, 1)
     b, n, side = grid.shape[:3]
     return grid.transpose(0, 2, 1, 3, 4).reshape(b * side, n * side, 3)
