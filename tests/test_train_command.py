@@ -17,6 +17,7 @@ from running import Tiny
 from test_restart import files
 
 from preprocess import transfer
+from preprocess.schema import shard_paths
 from preprocess.shards import Shard, ShardSet
 from train import __main__ as command
 from train.data import PretrainSet
@@ -54,7 +55,7 @@ def test_what_is_missing_is_said_at_the_start(
 def damaged(tiny: Tiny, folder: Path) -> Path:
     """A copy of the shards in which no frame is a JPEG any more, though the first and last two bytes of each are."""
     shutil.copytree(tiny[0], folder)
-    for path in folder.glob("*.h5"):
+    for path in shard_paths(folder):
         shard = Shard(path)
         _, (size,), offset = shard._layout["frames/jpeg"]
         jpegs = np.memmap(path, np.uint8, "r+", offset, (size,))

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, one_thread, tiny_config
-from running import Tiny, lines, run_again, start
+from running import RUNTIME, Tiny, lines, run_again, start
 
 from train import checkpoint, distributed, heldout, tasks
 from train.config import Config, Optimiser
@@ -74,7 +74,7 @@ def work(rank: int, tiny: Tiny, folder: Path, ports: list[int]) -> None:
             terminated(tiny, folder, ports[0])
         assert not torch.distributed.is_initialized()
         os.environ["MASTER_PORT"] = str(ports[1])
-        start(tiny, folder / "run", no_dropout_config(), watched=True)
+        start(tiny, folder / "run", no_dropout_config(), replace(RUNTIME, recompute=True), watched=True)
         out = folder / ("elsewhere" if rank else "run")
         for port, seen in zip(
             ports[2:], (r"process 1: \S+elsewhere/\S+ is not here, but .*", r"of the steps \[6, 3\].*")

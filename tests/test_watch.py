@@ -115,7 +115,7 @@ def test_weights_and_biases_has_every_line(tiny: Tiny, tmp_path: Path, monkeypat
             start(tiny, tmp_path, runtime=watch)
     wandb.finish()
     (first,), told = history(tmp_path)
-    assert [step for step, values in told if "loss" in values] == [2, 4, 5, 6, 8]
+    assert [step for step, values in told if "loss" in values] == [2, 4, 6, 8]
     assert [step for step, values in told if "clips" in values] == [1, 7]
     (part,) = tmp_path.glob("wandb/offline-run-*")
     assert len(list(part.glob("files/media/images/*.png"))) == 2
