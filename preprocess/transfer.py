@@ -105,8 +105,8 @@ class Told(fsspec.Callback):
 def copy(source_address: str, target_address: str, workers: int = 8) -> tuple[int, int]:
     """Make the target hold the set of the source: (files copied, files that were there).
 
-    Files are shards, and what lies beside them (flow, residuals), each checked against its SHA-256 before it gets its name. Of several
-    processes that copy into one folder one does, and the others wait. Raises ValueError where the source holds no whole
+    Files are shards and what lies beside them (flow, residuals), each checked against its SHA-256 before it gets its
+    name. Of several processes that copy into one folder one does, and the others wait. Raises ValueError where the source holds no whole
     set, where bytes are not those of their checksum, and where the target holds another set; OSError where a transfer
     fails.
     """
