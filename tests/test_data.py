@@ -159,6 +159,8 @@ def test_one_task_alone_reads_nothing_of_the_other_and_is_drawn_alike(
     for i, sample in enumerate(both):
         assert same(data[1, i], {key: value for key, value in sample.items() if not key.startswith(unread)})
         assert f"{unread}_box" in sample
+        drawn = data._draw((1, i))  # of which the disk is told
+        assert len(drawn.windows if unread == "motion" else drawn.iframe) == 0
 
 
 def test_draws_depend_on_seed_epoch_and_video_alone(shards: ShardSet) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from preprocess.command import ERROR, say
 
 T = TypeVar("T")
 
-BEAT, MISSED = 2.0, 20  # seconds between signs of life; so many without one, and a process counts as dead
+BEAT, MISSED = 5.0, 8  # seconds between signs of life; so many without one, and a process counts as dead
 # Since torch 2.13 they are called so.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -83,7 +84,9 @@ def stop(error: BaseException | None = None) -> None:
     if not _initialised() or _pulse is None:
         return
     if isinstance(error, RuntimeError) and "gloo" in str(error):  # the connection of one that died, perhaps: wait for
-        _pulse.join(BEAT * (MISSED + 5))
+        last = _pulse.beats + MISSED + 3
+        while _pulse.is_alive() and _pulse.beats < last:
+            time.sleep(BEAT)
     if error is None:
         dist.barrier()
     _pulse.stopped.set()
@@ -102,23 +105,23 @@ class Pulse(threading.Thread):
 
     def __init__(self, store: dist.Store) -> None:
         super().__init__(daemon=True)
-        self.store, self.stopped = dist.PrefixStore("pulse", store), threading.Event()
+        self.store, self.stopped, self.beats = dist.PrefixStore("pulse", store), threading.Event(), 0
 
     def run(self) -> None:
-        beats, missed = ({r: 0 for r in range(world_size()) if r != rank()} for _ in range(2))
-        own = str(rank())
+        own, others = str(rank()), [str(r) for r in range(world_size()) if r != rank()]
+        heard, missed = dict.fromkeys(others, 0), dict.fromkeys(others, 0)
         while not self.stopped.wait(BEAT):
             try:
-                self.store.add(own, 1)
-                heard = {r: self.store.add(str(r), 0) for r in beats}
+                self.beats = self.store.add(own, 1)
+                now = {other: self.store.add(other, 0) for other in others}
             except RuntimeError as error:
                 # The process that holds the store may have left in order, just before this one.
                 if not self.stopped.wait(BEAT):
                     self.end(f"the processes' common store is out of reach ({str(error).splitlines()[0]})")
                 return
-            missed = {r: missed[r] + 1 if heard[r] == beats[r] else 0 for r in beats}
-            beats = heard
-            if dead := [str(r) for r in beats if missed[r] >= MISSED]:
+            missed = {other: missed[other] + 1 if now[other] == heard[other] else 0 for other in others}
+            heard = now
+            if dead := [other for other in others if missed[other] >= MISSED]:
                 self.end(f"no sign of life from process {', '.join(dead)} for {BEAT * MISSED:g} s")
 
     def end(self, why: str) -> None:
