@@ -106,9 +106,9 @@ def copy(source_address: str, target_address: str, workers: int = 8) -> tuple[in
     """Make the target hold the set of the source: (files copied, files that were there).
 
     Files are shards and what lies beside them (flow, residuals), each checked against its SHA-256 before it gets its
-    name. Of several processes that copy into one folder one does, and the others wait. Raises ValueError where the source holds no whole
-    set, where bytes are not those of their checksum, and where the target holds another set; OSError where a transfer
-    fails.
+    name. Of several processes that copy into one folder one does, and the others wait. Raises ValueError where the
+    source holds no whole set, where bytes are not those of their checksum, and where the target holds another set;
+    OSError where a transfer fails.
     """
     source, target = Place.at(source_address), Place.at(target_address)
     if target_address.startswith("http"):
