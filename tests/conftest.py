@@ -142,10 +142,7 @@ def real_shards(real_clips: list[Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(folder of two shards, split manifest): 12 train and 8 test videos of 40 frames, labelled context/motion.
-
-    With residuals beside the shards.
-    """
+    """(folder of two shards, split manifest): 12 train and 8 test videos of 40 frames, labelled context/motion."""
     folder = tmp_path_factory.mktemp("tiny")
     pans = {"right": (3, -1), "left": (-3, 1)}
     paths, labels, subsets = [], [], []
@@ -158,7 +155,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         )
         labels.append(f"{context}/{motion}")
         subsets.append("train" if number < 12 else "test")
-    make_shards(folder, folder / "videos", paths, labels, settings=TINY, videos_per_shard=10, residuals=True)
+    make_shards(folder, folder / "videos", paths, labels, settings=TINY, videos_per_shard=10)
     Manifest(tuple(paths), tuple(labels), tuple(subsets)).write(folder / "split.csv")
     return folder / "shards", folder / "split.csv"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import TINY, make_shards, tiny_config
 from running import RUNTIME, Tiny, assert_same_run, run_again
 
 from preprocess.manifest import Manifest
@@ -69,8 +69,11 @@ def start(tiny: Tiny, out: Path, config: Any, pretrained: Run | None = None) -> 
 
 
 @pytest.fixture(scope="module")
-def shards(tiny: Tiny) -> ShardSet:
-    return ShardSet(tiny[0])
+def shards(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The first videos of `tiny`, with residuals."""
+    rows, folder = Manifest.read(tiny[1]), tmp_path_factory.mktemp("residuals")
+    videos = tiny[0].parent / "videos"
+    return make_shards(folder, videos, list(rows.paths[:4]), list(rows.labels[:4]), settings=TINY, residuals=True)
 
 
 def collate(task: Any) -> dict[str, torch.Tensor]:
