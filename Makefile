@@ -2,6 +2,7 @@
 # make demo-all  adds context alone and motion alone, a diagnosis and a report (half an hour)
 # make test   the test suite; make soak runs the full counts of faults and kills
 # make bench  what is claimed about speed; make lint  style and types
+# make gpu SHARDS=… MANIFEST=…  what is claimed about GPUs, within 25 minutes of one; without one, a dry run
 # The first of them sets up .venv with pinned versions. PYTHON chooses the interpreter (3.10 or later).
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc)
 OUT ?= demo_out
 SCENES := --shards $(OUT)/shards --manifest $(OUT)/scenes/manifest.csv
 
-.PHONY: demo demo-all scenes test soak bench lint clean
+.PHONY: demo demo-all scenes test soak bench gpu lint clean
 
 $(VENV)/ready: requirements.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -44,10 +45,16 @@ soak: $(VENV)/ready
 
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.stage1
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.residuals
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.flow
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.motion_loss
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.loader
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.train_step
+	$(PY) -m benchmarks.busy
+
+gpu: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(SHARDS),--shards $(SHARDS) --manifest $(MANIFEST))
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -55,4 +62,4 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) gpu_out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -40,13 +40,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from benchmarks.common import CLIPS, median, open_shards
+from benchmarks.common import CLIPS, clock, endless, median, open_shards
 from benchmarks.ways import missing, readers, recorded
 from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
 from train.data import EpochSampler, PretrainSet
 from train.device import channels_last
 from train.draws import Cropping, Photometric, Sampling
+from train.loader import make_loader
 from train.networks import build_video_network
 from train.optimiser import make_optimiser
 from train.recipes import RECIPES
@@ -243,6 +244,18 @@ def private_memory(pid: int) -> tuple[int, int]:
     return sizes["Private_Dirty:"], sizes["Private_Clean:"]
 
 
+def throughput(data: PretrainSet, workers: int, batch: int, seconds: float) -> float:
+    """Clips a second by the clock, of so many workers together, once what they had ready is used up."""
+    batches = iter(make_loader(data, workers, torch.device("cpu"), batch_sampler=endless(len(data), batch)))
+    for _ in range(1 + 2 * workers):
+        next(batches)
+    count, begin = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - begin < seconds:
+        next(batches)
+        count += 1
+    return count * batch / (time.perf_counter() - begin)
+
+
 # 4. Augmentation
 
 
@@ -264,16 +277,16 @@ def augmentation(data: PretrainSet, device: str, batch_size: int, size: int, tur
                 k: v for k, v in host.items() if k.endswith("photo")
             }
         for name, arguments in places.items():
-            begin = now(device)
+            begin = clock(device)
             clip, _, _ = prepare(arguments, config, data.shards.settings, with_iframe=True, with_motion=True)
-            ways[name].append(now(device) - begin)
-        begin = now(device)
+            ways[name].append(clock(device) - begin)
+        begin = clock(device)
         with torch.autocast(torch.device(device).type, precision, enabled=precision == torch.bfloat16):
             value = network.forward_pretrain(clip).float().square().mean()
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         optimiser.step()
-        ways["step of C3D"].append(now(device) - begin)
+        ways["step of C3D"].append(clock(device) - begin)
     print(
         f"Milliseconds a sample on {device}, batch {batch_size}, {config.sampling.frames} frames of {size} x {size}\n"
     )
@@ -282,14 +295,6 @@ def augmentation(data: PretrainSet, device: str, batch_size: int, size: int, tur
     for name, seconds in ways.items():
         share = median(s / t for s, t in zip(seconds[1:], steps))
         print(f"| {name} | {1e3 * median(seconds[1:]) / batch_size:.1f} | 1 / {1 / share:.0f} |")
-
-
-def now(device: str) -> float:
-    """CPU seconds of this process; on a device, seconds once it has done all it was given."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import math
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +91,7 @@ def measure(form: str, batch: int, device: str, threads: int, repeats: int) -> t
     import torch
     from torch.nn.functional import cross_entropy, normalize
 
+    from benchmarks.common import clock
     from train.objectives import Loss, motion_prediction
 
     torch.set_num_threads(threads)
@@ -108,19 +108,13 @@ def measure(form: str, batch: int, device: str, threads: int, repeats: int) -> t
 
     def run(inputs: list[torch.Tensor]) -> float:
         predicted, positives, negatives = inputs
-        begin = now()
+        begin = clock(device)
         if form == "usual":
             loss = usual(predicted, positives, negatives)
         else:
             loss = motion_prediction(predicted, positives, negatives, TEMPERATURE)
         torch.autograd.grad(loss.value, inputs)
-        return now() - begin
-
-    def now() -> float:
-        if device != "cpu":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
+        return clock(device) - begin
 
     def peak() -> int:
         if device != "cpu":
@@ -128,24 +122,26 @@ def measure(form: str, batch: int, device: str, threads: int, repeats: int) -> t
         # Kilobytes on Linux, bytes on macOS.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    if form == "usual" and COPIES * 4 * (batch * POINTS) ** 2 * (1 + WINDOWS) > free(device):
+    # A CPU's memory is asked for first: who asks for too much there is killed.
+    if device == "cpu" and form == "usual" and COPIES * 4 * (batch * POINTS) ** 2 * (1 + WINDOWS) > free():
         return math.nan, 0
     torch.manual_seed(0)
-    inputs = embeddings(batch)
-    run(embeddings(1))
-    before = peak()
-    seconds = [run(inputs)]
-    needed = peak() - before
-    seconds += [run(inputs) for _ in range(repeats - 1)]
+    try:
+        inputs = embeddings(batch)
+        run(embeddings(1))
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        before = peak()
+        seconds = [run(inputs)]
+        needed = peak() - before
+        seconds += [run(inputs) for _ in range(repeats - 1)]
+    except torch.OutOfMemoryError:
+        return math.nan, 0
     return min(seconds), needed
 
 
-def free(device: str) -> float:
-    """Bytes that can still be had."""
-    if device != "cpu":
-        import torch
-
-        return torch.cuda.mem_get_info()[0]
+def free() -> float:
+    """Bytes that can still be had of a CPU's memory."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():  # not Linux: let it try
         return math.inf

@@ -191,7 +191,6 @@ class Stopwatch:
 def run_phases(scratch: Path, videos: list[str]) -> dict[str, Any]:
     """What child and parent do, in this one process, and the seconds of CPU time of each phase."""
     from preprocess import codec, encode, extract, writer
-    from preprocess.schema import Origin, Settings
 
     watch = Stopwatch()
     for module, name, phase in (
@@ -206,8 +205,16 @@ def run_phases(scratch: Path, videos: list[str]) -> dict[str, Any]:
         ),
     ):
         watch.watch(module, name, phase)
-    settings, spool = Settings(), writer.Spool(scratch / "work")
-    spool.folder.mkdir()
+    return {"frames": store(scratch, videos, writer.Spool.names), "phases": watch.seconds()}
+
+
+def store(scratch: Path, videos: list[str], names: tuple[str, ...]) -> int:
+    """A shard of some videos made in this one process, with what is named in the spool; how many frames."""
+    from preprocess import codec, writer
+    from preprocess.schema import Origin, Settings
+
+    settings, spool = Settings(), writer.Spool(scratch / "work", names)
+    spool.folder.mkdir(parents=True)
     spool.truncate((0,) * len(spool.names))
     stored = []
     for row, video in enumerate(videos):
@@ -215,7 +222,7 @@ def run_phases(scratch: Path, videos: list[str]) -> dict[str, Any]:
         stored.append(writer.Video(row, video, -1, **{k: listed(v) for k, v in answer.items()}))
     origin = Origin(settings, "0" * 64, (), {}, 1)
     writer.write_shard(scratch, 0, origin, 0, len(videos), stored, [], spool)
-    return {"frames": sum(len(v.frame_bytes) for v in stored), "phases": watch.seconds()}
+    return sum(len(v.frame_bytes) for v in stored)
 
 
 def listed(value: Any) -> Any:

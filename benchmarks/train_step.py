@@ -1,18 +1,18 @@
-"""python -m benchmarks.train_step --shards SHARDS --batch 64 --workers 14 --device cuda
+"""python -m benchmarks.train_step --shards SHARDS --batch 64 --device cuda
 
-Takes about three minutes with the sizes that are the default on a CPU (--quick: ten seconds), as long on a GPU with the
-paper's, and ends with a Markdown table: for the three backbones, ours beside a plain loop, clips a second, share of the
-time spent waiting for the loader, and model FLOP utilisation.
+Takes about three minutes with the sizes that are the default on a CPU (--quick: ten seconds), and ends with a Markdown
+table: for the three backbones, ours beside a plain loop. `make gpu` has the same rows in all precisions.
 
-ours    what `train.loop` does in a step: bfloat16 autocast where --precision says so, weights channels last, fused
-        optimiser, tiled motion loss; with --compile the networks compiled
+ours    what `train.loop` does in a step: weights channels last, fused optimiser, tiled motion loss; in bfloat16 where
+        --precision says so, networks and augmentation compiled with --compile
 plain   the same model, augmentation and optimiser in an eager float32 loop: contiguous weights, one kernel a parameter
         (foreach=False), losses from whole matrices of logits, no choice among convolution kernels
 
-Both take batches from loaders of the same kind, in turns (ours plain ours plain ...). A turn begins with untimed steps
-that use up what the loader had ready. Utilisation is the model's FLOPs, forward and backward, counted once by torch,
-over what a large matrix product of the same type reaches on the same device in the same run (float32: with TF32 where
-convolutions use it). Without --shards a small set is made.
+Both take batches from loaders of the same kind, in turns (ours plain ours plain ...). Columns: clips a second; how many
+times as many as the plain loop; the share that is of the peak, model FLOPs, forward and backward, over what a large
+matrix product of the same type reaches on the same device in the same run; the GPU's memory at most, in brackets what
+`python -m train --list` says; the share of the time spent waiting for the loader; and the headspace, the share of the
+speed on one batch, over and over, that is lost with the loader. Without --shards a small set is made.
 """
 
 from __future__ import annotations
@@ -22,59 +22,76 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import median, open_shards
+from benchmarks.common import clock, endless, median, open_shards
 from preprocess.shards import ShardSet
-from train import loop
+from train import cost, loop
 from train.config import Pretraining
-from train.data import EpochSampler, PretrainSet
-from train.device import channels_last
-from train.model import PretrainingModel
+from train.data import PretrainSet
+from train.device import ToDevice, channels_last
+from train.loader import make_loader, usual_workers
+from train.model import build_model
 from train.optimiser import make_optimiser
 from train.recipes import RECIPES
 from train.tasks import PretrainingTask
 
 BACKBONES = ("c3d", "r2plus1d26", "r3d26")
+BATCH = 64  # of table 9
+LEAST, MOST = 3, 50  # steps that are timed
+TINY: dict[str, Any] = {  # whether it runs, not how fast
+    **dict.fromkeys(("networks.width", "networks.iframe_width", "networks.motion_width"), 4),
+    **{"networks.predictor_width": 16, "networks.head_hidden": 16, "networks.head_out": 8},
+    **{"sampling.frames": 8, "sampling.stride": 2, "sampling.negatives": 1, "size": 32, "motion_size": 32},
+}
 Batch = dict[str, Tensor]
+Step = Callable[[Batch], None]
+Row = Mapping[str, Any]
+"""The fields of a case, and what `turn` measured of it, or an error."""
 
 
-class Turn(NamedTuple):
-    clips_per_second: float
-    waiting: float
+class Case(NamedTuple):
+    """What is measured: a backbone in one of the two loops."""
+
+    backbone: str
+    loop: str = "ours"
+    precision: str = "float32"
+    """float32, TF32 or bfloat16; of the plain loop torch's own, TF32 in convolutions alone."""
+    compiled: bool = False
+    recompute: bool = False
+    batch: int = BATCH
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--shards", type=Path, help="folder of shards; default a small set of its own")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of ours; default bfloat16 on CUDA")
+    parser.add_argument("--precision", choices=("float32", "TF32", "bfloat16"), help="of ours; on CUDA bfloat16")
     parser.add_argument("--batch", type=int, help="clips a step; default 2, on CUDA 64")
     parser.add_argument("--size", type=int, help="pixels across; default 64, on CUDA 112")
     parser.add_argument("--frames", type=int, help="frames a clip; default 8, on CUDA 16")
     parser.add_argument("--width", type=int, help="channels of the first layers; default 16, on CUDA 64")
-    parser.add_argument("--workers", type=int, default=1, help="processes that decode")
-    parser.add_argument("--steps", type=int, help="timed steps a turn; default 4, on CUDA 20")
+    parser.add_argument("--workers", type=int, default=usual_workers(), help="processes that decode")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement, about")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--compile", action="store_true", help="compile the networks of ours")
+    parser.add_argument("--compile", action="store_true", help="compile ours")
     parser.add_argument("--quick", action="store_true", help="one turn of one step: whether it runs, not how fast")
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
-    sizes = {"batch": (2, 64), "size": (64, 112), "frames": (8, 16), "width": (16, 64), "steps": (4, 20)}
+    sizes = {"batch": (2, BATCH), "size": (64, 112), "frames": (8, 16), "width": (16, 64)}
     if options.quick:
-        sizes |= {"size": (32, 32), "width": (4, 4), "steps": (1, 1)}
-        options.turns = 1
+        sizes |= {"size": (32, 32), "width": (4, 4), "frames": (8, 8)}
+        options.turns, options.seconds = 1, 0.0
     for name, (small, usual) in sizes.items():
         if getattr(options, name) is None:
             setattr(options, name, small if on_cpu else usual)
@@ -87,102 +104,161 @@ def main() -> None:
 
 
 def compare(shards: ShardSet, options: argparse.Namespace) -> None:
-    device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
-    peaks = {p: peak(device, getattr(torch, p)) for p in {"float32", options.precision}}
-    print(f"{name}; batch {options.batch}, {options.frames} frames of {options.size} x {options.size}, ", end="")
-    print(f"width {options.width}, {options.workers} loader processes; {options.turns} turns of {options.steps} steps")
-    print(f"Matrix products reach {', '.join(f'{v / 1e12:.3g} TFLOP/s in {k}' for k, v in peaks.items())}\n")
-    print(
-        "| backbone | GFLOP a clip | loop | clips / s | waiting | utilisation | times plain |\n|---|---:|---|"
-        + "---:|" * 4
-    )
+    device, w, rows = torch.device(options.device), options.width, []
+    changes = dict(TINY) if options.quick else {}
+    changes |= dict.fromkeys(("networks.width", "networks.iframe_width", "networks.motion_width"), w)
+    changes |= {"sampling.frames": options.frames, "size": options.size, "motion_size": options.size}
     for backbone in BACKBONES:
-        config = configuration(backbone, options)
-        data = PretrainSet(shards, None, config.sampling, config.cropping, config.photometric)
-        flops = count_flops(config, data, device) / options.batch
-        loops = {"ours": ours(config, shards, device, options.precision, options.compile)}
-        loops["plain"] = plain(config, shards, device)
-        turns: dict[str, list[Turn]] = defaultdict(list)
+        cases = [
+            Case(backbone, "plain", "float32" if options.device == "cpu" else "TF32", batch=options.batch),
+            Case(backbone, "ours", options.precision, options.compile, batch=options.batch),
+        ]
+        configs = [configuration(case, changes) for case in cases]
+        steps = [make_step(case, config, shards, device) for case, config in zip(cases, configs)]
+        turns: dict[str, list[Row]] = defaultdict(list)
         for number in range(options.turns):
-            for which, step in loops.items():
-                turns[which].append(run_turn(step, data, number, device, options))
-        for which, precision in (("ours", options.precision), ("plain", "float32")):
-            rate = median(t.clips_per_second for t in turns[which])
-            gain = median(t.clips_per_second / p.clips_per_second for t, p in zip(turns[which], turns["plain"]))
-            print(
-                f"| {backbone} | {flops / 1e9:.1f} | {which}, {precision} | {rate:.2f} | "
-                f"{median(t.waiting for t in turns[which]):.1%} | {rate * flops / peaks[precision]:.0%} | {gain:.2f} |",
-                flush=True,
-            )
+            for case, config, step in zip(cases, configs, steps):
+                found = turn(case, config, step, shards, device, options.workers, options.seconds, number)
+                turns[case.loop].append(found)
+        for case in cases:
+            each = turns[case.loop]
+            middle = {k: median(t[k] for t in each) if v is not None else None for k, v in each[0].items()}
+            rows.append(case._asdict() | middle)
+    print(f"{options.frames} frames of {options.size} x {options.size}, width {w}, batch {options.batch}, ", end="")
+    print(f"{options.workers} loader processes; {options.turns} turns\n\n{table(rows)}")
 
 
-def configuration(backbone: str, options: argparse.Namespace) -> Pretraining:
-    base = RECIPES["pretrain-ucf101-c3d"].config
-    assert isinstance(base, Pretraining)
-    w = options.width
-    return replace(
-        base,
-        networks=replace(base.networks, backbone=backbone, width=w, iframe_width=w, motion_width=w),
-        sampling=replace(base.sampling, frames=options.frames),
-        size=options.size,
-        motion_size=options.size,
-        batch_size=options.batch,
-    )
+def configuration(case: Case, changes: Mapping[str, Any]) -> Pretraining:
+    """Table 9's recipe of a case's backbone and batch, with some fields changed."""
+    recipe = RECIPES[f"pretrain-ucf101-{case.backbone}"].config
+    config = recipe.changed(dict(changes) | {"batch_size": case.batch})
+    assert isinstance(config, Pretraining)
+    return config
 
 
-def run_turn(
-    step: Callable[[Batch], None], data: PretrainSet, number: int, device: torch.device, options: argparse.Namespace
-) -> Turn:
-    """Time some steps with a loader of their own, after so many that nothing it had prepared is left."""
-    untimed = 1 + 2 * options.workers
-    keys = EpochSampler(len(data), options.batch, seed=number).between(0, untimed + options.steps)
-    loader = DataLoader(data, batch_sampler=keys, num_workers=options.workers, pin_memory=device.type == "cuda")
-    batches = iter(loader)
-    for _ in range(untimed):
-        step(next(batches))
-    synchronise(device)
-    waited, begin = 0.0, time.perf_counter()
-    for _ in range(options.steps):
+def measure(
+    case: Case, changes: Mapping[str, Any], shards: ShardSet, device: torch.device, workers: int, seconds: float
+) -> Row:
+    """One turn of one case; where the GPU's memory does not suffice, that is what is found."""
+    config = configuration(case, changes)
+    try:
+        step = make_step(case, config, shards, device)
+        return case._asdict() | turn(case, config, step, shards, device, workers, seconds)
+    except torch.OutOfMemoryError:
+        return case._asdict() | {"error": "does not fit"}
+
+
+def turn(
+    case: Case,
+    config: Pretraining,
+    step: Step,
+    shards: ShardSet,
+    device: torch.device,
+    workers: int,
+    seconds: float,
+    number: int = 0,
+) -> dict[str, float | None]:
+    """Time some steps on one batch over and over, then with a loader of their own, after as many as it had ready."""
+    on_gpu = device.type == "cuda"
+    choose_kernels(case)
+    data = PretrainSet(shards, None, config.sampling, config.cropping, config.photometric)
+    batches = iter(make_loader(data, workers, device, batch_sampler=endless(len(data), case.batch, number)))
+    same = repeat(next(batches))
+    timed(step, same, 2, device)  # networks are compiled, and kernels chosen
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    once, _ = timed(step, same, 1, device)
+    steps = max(LEAST, min(MOST, round(seconds / once))) if seconds else 1
+    cached, _ = timed(step, same, steps, device)
+    timed(step, batches, min(steps, 1 + 2 * workers), device)
+    elapsed, waited = timed(step, batches, steps, device)
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    rate, most = steps * case.batch / elapsed, peak(str(device), case.precision)
+    return {
+        "clips_per_second": rate,
+        "peak": most,
+        "utilisation": rate * cost.flops_per_clip(config) / most,
+        "memory": memory,
+        "estimate": cost.gpu_bytes(config, case.recompute) if case.precision == "bfloat16" else None,
+        "waiting": waited / elapsed,
+        "headspace": 1 - cached / elapsed,
+    }
+
+
+def timed(step: Step, batches: Iterator[Batch], steps: int, device: torch.device) -> tuple[float, float]:
+    """Seconds that some steps take until the device is done, and those of them spent waiting for batches."""
+    waited, begin = 0.0, clock(str(device), cpu_time=False)
+    for _ in range(steps):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         step(batch)
-    synchronise(device)
-    elapsed = time.perf_counter() - begin
-    return Turn(options.steps * options.batch / elapsed, waited / elapsed)
+    return clock(str(device), cpu_time=False) - begin, waited
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line a case, and what their share of the peak is a share of."""
+    plain = {row["backbone"]: row.get("clips_per_second") for row in rows if row["loop"] == "plain"}
+    heads = ("clips / s", "times plain", "of the peak", "memory, GB", "waiting", "headspace")
+    lines = [f"| backbone | loop | {' | '.join(heads)} |", "|---|---|" + "---:|" * len(heads)]
+    for row in rows:
+        cells = [row.get("error", ""), "", "", "", "", ""]
+        if "error" not in row:
+            slower, memory, estimate = plain.get(row["backbone"]), row["memory"], row["estimate"]
+            cells = [
+                f"{row['clips_per_second']:.{0 if row['clips_per_second'] >= 100 else 1}f}",
+                f"{row['clips_per_second'] / slower:.2f}" if slower else "",
+                f"{row['utilisation']:.0%}",
+                (f"{memory / 1e9:.1f}" if memory else "") + (f" ({estimate / 1e9:.1f})" if estimate else ""),
+                f"{row['waiting']:.1%}",
+                f"{row['headspace']:.1%}",
+            ]
+        lines.append(f"| {row['backbone']} | {label(row)} | {' | '.join(cells)} |")
+    each = {row["precision"]: row["peak"] for row in rows if "peak" in row}
+    peaks = ", ".join(f"{most / 1e12:.3g} TFLOP/s in {name}" for name, most in each.items())
+    return "\n".join([*lines, "", f"Of the peak: a matrix product reaches {peaks}."])
+
+
+def label(case: Row) -> str:
+    """What tells a case from others of its backbone."""
+    what = ["plain"] if case["loop"] == "plain" else ["ours", case["precision"]]
+    what += [name for name in ("compiled", "recompute") if case[name]]
+    return ", ".join(what + ([f"batch {case['batch']}"] if case["batch"] > BATCH else []))
 
 
 # The two loops
 
 
-def ours(config: Pretraining, shards: ShardSet, device: torch.device, precision: str, compiled: bool) -> Any:
-    """A step as `train.loop` takes it."""
+def make_step(case: Case, config: Pretraining, shards: ShardSet, device: torch.device) -> Step:
+    """A step as the case's loop takes it, of a model that was drawn just now."""
     task = PretrainingTask(config, shards, None)
-    model = PretrainingModel(config).to(device).train()
+    model = build_model(config, 1, case.recompute).to(device).train()
+    return ours(case, config, task, model, device) if case.loop == "ours" else plain(config, task, model, device)
+
+
+def ours(case: Case, config: Pretraining, task: PretrainingTask, model: nn.Module, device: torch.device) -> Step:
+    """As `train.loop` takes it."""
     channels_last(model)
     optimiser = make_optimiser(config.optimiser, model)
-    network: Any = torch.compile(model) if compiled else model
+    network: Any = torch.compile(model) if case.compiled else model
+    prepare = torch.compile(task.inputs) if case.compiled else task.inputs
+    to_device = ToDevice(device)
 
     def step(batch: Batch) -> None:
-        torch.backends.cudnn.benchmark = True
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        loop.update(network, task, optimiser, 1e-3, task.inputs(batch), batch, precision)
+        batch = to_device(batch)
+        loop.update(network, task, optimiser, 1e-3, prepare(batch), batch, case.precision)
 
     return step
 
 
-def plain(config: Pretraining, shards: ShardSet, device: torch.device) -> Any:
-    """A step as one first writes it."""
-    task = PretrainingTask(config, shards, None)
-    model = PretrainingModel(config).to(device).train()
+def plain(config: Pretraining, task: PretrainingTask, model: nn.Module, device: torch.device) -> Step:
+    """As one first writes it."""
     o = config.optimiser
     optimiser = torch.optim.SGD(
         model.parameters(), 1e-3, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=True, foreach=False
     )
 
     def step(batch: Batch) -> None:
-        torch.backends.cudnn.benchmark = False
         batch = {k: v.to(device) for k, v in batch.items()}
         loss = usual_losses(model, task.inputs(batch), config)
         optimiser.zero_grad()
@@ -204,40 +280,29 @@ def usual_losses(model: nn.Module, inputs: tuple[Tensor | None, ...], config: Pr
     return o.loss_scale * ((1 - o.alpha) * j_context + o.alpha * j_motion)
 
 
-# What they are measured by
+def choose_kernels(case: Case) -> None:
+    """What the case's loop asks of torch."""
+    exact = case.loop == "plain" or case.precision == "float32"
+    torch.backends.cudnn.benchmark = case.loop == "ours"
+    torch.backends.cudnn.allow_tf32 = case.precision != "float32"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
 
 
-def count_flops(config: Pretraining, data: PretrainSet, device: torch.device) -> float:
-    """FLOPs of one batch through the networks and losses, forward and backward, augmentation not counted."""
-    sampler = EpochSampler(len(data), config.batch_size)
-    batch = next(iter(DataLoader(data, batch_sampler=sampler)))
-    task = PretrainingTask(config, data.shards, None)
-    inputs = task.inputs({k: v.to(device) for k, v in batch.items()})
-    model = PretrainingModel(config).to(device).train()
-    with FlopCounterMode(display=False) as counter:
-        usual_losses(model, inputs, config).backward()
-    return counter.get_total_flops()
-
-
-def peak(device: torch.device, dtype: torch.dtype) -> float:
+@cache
+def peak(device: str, precision: str) -> float:
     """FLOP/s of a large matrix product, the fastest of a few."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    n, runs = (2048, 3) if device.type == "cpu" else (8192, 30)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    n, runs = (2048, 3) if device == "cpu" else (8192, 30)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(runs):
-        synchronise(device)
-        begin = time.perf_counter()
+        begin = clock(device, cpu_time=False)
         a @ b
-        synchronise(device)
-        seconds.append(time.perf_counter() - begin)
-    torch.backends.cuda.matmul.allow_tf32 = False
+        seconds.append(clock(device, cpu_time=False) - begin)
+    torch.set_float32_matmul_precision(before)
     return 2 * n**3 / min(seconds)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from preprocess.schema import Settings
 from preprocess.shards import Shard
 from train import data as reading
 from train.data import PretrainSet
+from train.draws import Sampling
 
 Key = tuple[int, int]
 Way = Callable[["list[Key]", "list[Clip]"], "Iterable[np.ndarray]"]
@@ -45,6 +46,7 @@ def readers(data: PretrainSet, videos: Path | None) -> dict[str, Way]:
     plain.shards = copy.copy(data.shards)
     files = [OrdinaryShard(s) for s in data.shards.shards]
     plain.shards.shards = files  # type: ignore[assignment]
+    plain._expect = lambda _: None  # type: ignore[method-assign]
 
     def bound(_: Key, clip: Clip) -> np.ndarray:
         for jpeg, image in zip(clip.frames, frames):
@@ -102,13 +104,13 @@ def missing(videos: Path | None) -> dict[str, str]:
 def recorded(data: PretrainSet) -> Iterator[list[Clip]]:
     """A list that fills with what every sample taken meanwhile decodes."""
     clips: list[Clip] = []
-    frame_jpeg, iframe_jpeg, draw_motion = Shard.frame_jpeg, Shard.iframe_jpeg, reading._motion
+    frame_jpeg, iframe_jpeg, read_motion = Shard.frame_jpeg, Shard.iframe_jpeg, reading._motion
     taken: list[tuple[bytes, int]] = []
-    drawn: list[list[int]] = []  # a batch is drawn before any of it is decoded
+    drawn: list[np.ndarray] = []  # a batch is drawn before any of it is decoded
 
-    def motion(shard: Shard, first: int, windows: list[int], *others: Any) -> Any:
+    def motion(maps: np.ndarray, windows: np.ndarray, sampling: Sampling) -> np.ndarray:
         drawn.append(windows)
-        return draw_motion(shard, first, windows, *others)
+        return read_motion(maps, windows, sampling)
 
     def frame(shard: Shard, number: int) -> np.ndarray:
         jpeg = frame_jpeg(shard, number)
@@ -122,7 +124,8 @@ def recorded(data: PretrainSet) -> Iterator[list[Clip]]:
         before = sum(len(s) for s in data.shards.shards[: data.shards.shards.index(shard)])
         numbers = [n - first for _, n in taken]
         picture = int(shard.iframe_frame[number]) - first
-        clips.append(Clip([j for j, _ in taken], bytes(jpeg), before + index, numbers, picture, drawn.pop(0)))
+        windows = (drawn.pop(0) - first).tolist()
+        clips.append(Clip([j for j, _ in taken], bytes(jpeg), before + index, numbers, picture, windows))
         taken.clear()
         return jpeg
 
@@ -130,7 +133,7 @@ def recorded(data: PretrainSet) -> Iterator[list[Clip]]:
     try:
         yield clips
     finally:
-        Shard.frame_jpeg, Shard.iframe_jpeg, reading._motion = frame_jpeg, iframe_jpeg, draw_motion  # type: ignore[method-assign]
+        Shard.frame_jpeg, Shard.iframe_jpeg, reading._motion = frame_jpeg, iframe_jpeg, read_motion  # type: ignore[method-assign]
 
 
 class OrdinaryShard:

@@ -1,1 +1,3 @@
 """Stage 3: weights -> numbers, tables, pictures."""
+
+import train  # noqa: F401  # before torch: how its threads wait

@@ -41,8 +41,8 @@ class Common:
     """last, initial (untrained), or a kept epoch such as epoch-0005."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
-    workers: int = 2
-    """Processes that decode."""
+    workers: int | None = None
+    """Processes that decode; None: one a core at hand but this process's own, 8 at most."""
 
     def data(self) -> Data:
         from eval.results import Data
@@ -323,7 +323,7 @@ def report(
     shards: Path | None = None,
     manifest: Path | None = None,
     device: str = "auto",
-    workers: int = 2,
+    workers: int | None = None,
 ) -> int:
     """One HTML page that needs nothing but itself: tables, curves, confusions, retrieval, motion, provenance.
 
@@ -335,7 +335,7 @@ def report(
         shards: Folder of shards, for the clips; wanted with --gallery, else for the motion alone.
         manifest: CSV with train and test rows, for the same.
         device: auto, cpu, cuda or cuda:1.
-        workers: Processes that decode.
+        workers: Processes that decode; None: one a core at hand but this process's own, 8 at most.
     """
     from eval.features import Machine
     from eval.publish.collect import gather

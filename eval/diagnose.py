@@ -41,6 +41,8 @@ OPPOSITES = {
     "downward": "upward",
     "clockwise": "anticlockwise",
     "anticlockwise": "clockwise",
+    "appearing": "vanishing",
+    "vanishing": "appearing",
 }
 SIGMAS = 3.0  # standard errors by which two shares must differ to count as different
 SEED = 0  # of the shuffled frames

@@ -42,11 +42,12 @@ class Machine:
     """What a measure runs on."""
 
     device: str = "auto"
-    workers: int = 2
-    """Processes that decode."""
+    workers: int | None = None
+    """Processes that decode; None: one a core at hand but this process's own, 8 at most."""
 
     def __post_init__(self) -> None:
-        at_least("workers", self.workers, 0)
+        if self.workers is not None:
+            at_least("workers", self.workers, 0)
 
 
 AUTO = Machine()

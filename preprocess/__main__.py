@@ -35,6 +35,7 @@ def run(
     max_failures: int = 0,
     time_limit: float = 600.0,
     reader: Literal["pyav", "mvextractor"] = "pyav",
+    residuals: bool = False,
     spool: Path | None = None,
     dry_run: bool = False,
 ) -> int:
@@ -60,6 +61,8 @@ def run(
         time_limit: Seconds without progress, which is twelve frames, before a video's decoder is replaced.
         reader: What reads the motion vectors: PyAV, in the decode that gives the pictures, or mvextractor, in one of
             its own (Linux on x86-64). The bytes are the same.
+        residuals: Write the energy of what motion vectors did not predict, exact, into a file beside each shard; two
+            bytes a macroblock, and a quarter more time. The shards are the same.
         spool: Folder on a local disk for what becomes a shard, which otherwise lies beside the shards: it takes as much
             as a shard for each worker, and half of all that is written. Each job must get the same one again to go on
             within a shard.
@@ -85,6 +88,7 @@ def run(
         retry_failed=retry_failed,
         time_limit=time_limit,
         reader=reader,
+        residuals=residuals,
         spool=spool,
         dry_run=dry_run,
     )
@@ -165,7 +169,7 @@ def inspect(
     return DONE
 
 
-def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, seed: int = 0) -> int:
+def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, motions: int = 6, seed: int = 0) -> int:
     """Render the embedded data set: scenes that cross context (a background) with motion (how sprites move).
 
     Args:
@@ -173,12 +177,14 @@ def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, se
         workers: Processes.
         train: Training scenes; a multiple of 36 keeps every pair of context and motion equally frequent.
         test: Test scenes.
+        motions: 8 adds sprites that appear and that vanish where they stand, which motion vectors cannot tell; then
+            train and test are multiples of 48.
         seed: Seed of every scene.
     """
     from preprocess.synthetic import Scenes, write
 
     at_least("--workers", workers, 1)
-    made = write(out, Scenes(train=train, test=test, seed=seed), workers=workers)
+    made = write(out, Scenes(motions=motions, train=train, test=test, seed=seed), workers=workers)
     print(f"{len(made.paths)} scenes of {len(made.classes)} classes in {out / 'videos'}, {out / 'manifest.csv'}")
     return DONE
 
@@ -212,6 +218,35 @@ def check(shards: tyro.conf.Positional[Path], workers: int = 1) -> int:
     return ERROR if problems else DONE
 
 
+def copy(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")],
+    workers: int = 8,
+) -> int:
+    """Copy a finished set of shards from or to object storage, a web server, the Hugging Face Hub, another disk.
+
+    An address is a path, s3://bucket/folder, gs://…, hf://datasets/OWNER/NAME/folder, http://… or any other of fsspec,
+    whose packages (s3fs, gcsfs, huggingface_hub) and ways to log in apply. Re-running copies what is missing; a shard
+    gets its name only once its bytes are those of its .sha256.
+
+    A source need not be listed: its shards are looked for by name, until one is not there. So a folder that any web
+    server serves will do. One cannot copy to a web server; to hf:// each file is a commit, where `hf upload` makes one.
+
+    Args:
+        source: The set.
+        target: Folder for the set, which holds no other.
+        workers: Files that are copied at a time.
+    """
+    try:
+        from preprocess import transfer
+    except ModuleNotFoundError as error:
+        raise ValueError(f"copy needs a package that is missing ({error.name}): pip install '.[remote]'") from error
+
+    copied, there = transfer.copy(source, target, workers)
+    print(f"{copied} files copied, each with its checksum; {there} were there")
+    return DONE
+
+
 def terminate(*_: object) -> NoReturn:
     print("terminated: run the same command again to go on", file=sys.stderr)
     sys.exit(TERMINATED)
@@ -219,7 +254,7 @@ def terminate(*_: object) -> NoReturn:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, terminate)
-    verbs = {v.__name__: v for v in (run, manifest, flow, inspect, check, info, synthetic)}
+    verbs = {v.__name__: v for v in (run, manifest, flow, inspect, check, info, copy, synthetic)}
     command = partial(verb, verbs, sys.argv[1:], "python -m preprocess", __doc__)
     return ended(command, "interrupted: run the same command again to go on", (RuntimeError,))
 

@@ -16,13 +16,15 @@ import simplejpeg
 from tqdm import tqdm
 
 from preprocess.schema import (
+    BESIDE,
     INTRA,
     JOURNAL,
+    NO_RESIDUAL,
     NO_SHARDS,
     SCHEMA,
+    beside_path,
     checksum_path,
     file_sha256,
-    flow_path,
     shard_paths,
     work_path,
 )
@@ -48,13 +50,15 @@ def problems(folder: Path, workers: int = 1) -> list[str]:
 
 
 def file_problems(path: Path) -> list[str]:
-    """Everything wrong with one shard and the optical flow beside it: checksums, then, if it can be read, contents."""
+    """Everything wrong with one shard and what lies beside it: checksums, then, if it can be read, contents."""
     found = checksum_problems(path)
     try:
         shard = Shard(path)
         found += content_problems(shard)
-        if flow_path(path).exists() and not found:
-            found += checksum_problems(flow_path(path)) + flow_problems(shard)
+        of_beside = {"flow": flow_problems, "residual": residual_problems}
+        for name in BESIDE if not found else ():
+            if (beside := beside_path(path, name)).exists():
+                found += checksum_problems(beside) + [f"{beside}: {p}" for p in of_beside[name](shard)]
     except ValueError as error:
         found.append(str(error))
     return found
@@ -92,11 +96,19 @@ def flow_problems(shard: Shard) -> list[str]:
         problems.append("a video's first frame carries optical flow")
     if any((shard.flow[some] == INTRA).any() for start, end in _spans(shard) for some in _some(shard, start + 1, end)):
         problems.append("a later frame of a video lacks optical flow")
-    return [f"{flow_path(shard.path)}: {p}" for p in problems]
+    return problems
+
+
+def residual_problems(shard: Shard) -> list[str]:
+    """What is wrong with the residuals of a shard. Raises ValueError where they cannot be read."""
+    parts = _some(shard, 0, len(shard.motion))
+    if all(np.array_equal(shard.residual[p] == NO_RESIDUAL, shard.motion[p, ..., 0] == INTRA) for p in parts):
+        return []
+    return ["residuals are not where the motion vectors are"]
 
 
 def checksum_problems(path: Path) -> list[str]:
-    """Whether a shard, or the optical flow of one, is still what was written."""
+    """Whether a shard, or what lies beside one, is still what was written."""
     sidecar = checksum_path(path)
     if not sidecar.exists():
         return [f"{path}: {sidecar.name} is missing"]
@@ -154,7 +166,7 @@ def describe(folder: Path) -> str:
         seconds += float(np.diff(shard.frame_offset)[known] @ (1 / shard.fps[known]))
     size, frames = sum(s.path.stat().st_size for s in shards), sum(len(s.motion) for s in shards)
     errors = sum(int(s.decode_errors.sum()) for s in shards)
-    flows = sum(flow_path(s.path).exists() for s in shards)
+    flows, residuals = (sum(beside_path(s.path, name).exists() for s in shards) for name in BESIDE)
     failed = sum(len(s["failed/row"]) for s in shards)
     newest = max((s.origin for s in shards), key=lambda origin: origin.shards)
     of = "" if newest.shards == len(shards) else f" of {newest.shards}"
@@ -166,7 +178,8 @@ def describe(folder: Path) -> str:
             f"videos    {sum(map(len, shards))}, {seconds / 3600:.2f} hours; {failed} failed",
             f"frames    {frames}, {s.frame_width}x{s.frame_height}, JPEG quality {s.jpeg_quality}",
             f"I-frames  every {s.gop} frames, {s.width}x{s.height}, quantiser {s.quantiser}",
-            f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame; optical flow of {flows} shards",
+            f"motion    {s.grid[0]} x {s.grid[1]} macroblocks a frame; optical flow of {flows} shards, "
+            f"residuals of {residuals}",
             f"damaged   {errors} packets of the sources did not decode, or not wholly",
             f"classes   {len(newest.classes)}: {', '.join([*newest.classes[:8], *['…'][: len(newest.classes) - 8]])}",
             f"manifest  sha256 {newest.manifest_sha256}",

@@ -58,8 +58,8 @@ def convert(
 ) -> dict[str, Any]:
     """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
 
-    `alive` is called after each group of pictures. Raises ValueError or av.FFmpegError where the video cannot be
-    stored; the spool then holds a part of it.
+    Residuals are computed where the spool takes them. `alive` is called after each group of pictures. Raises ValueError
+    or av.FFmpegError where the video cannot be stored; the spool then holds a part of it.
     """
     from preprocess import encode, extract  # only the child loads the codecs
 
@@ -68,11 +68,12 @@ def convert(
     frame_bytes: list[int] = []
     iframe_bytes: list[int] = []
     with ExitStack() as files:
-        frames, iframes, motion = (files.enter_context(open(spool.path(name), "ab")) for name in spool.names)
-        for group in extract.groups(encode.packets(source, settings, video), settings, stream):
-            frames.write(b"".join(group.frames))
-            iframes.write(group.iframe)
-            motion.write(group.motion.tobytes())
+        spooled = [files.enter_context(open(spool.path(name), "ab")) for name in spool.names]
+        packets, residuals = encode.packets(source, settings, video), "residual" in spool.names
+        for group in extract.groups(packets, settings, stream, residuals):
+            pieces = b"".join(group.frames), group.iframe, group.motion.tobytes(), group.residual.tobytes()
+            for file, piece in zip(spooled, pieces):
+                file.write(piece)
             frame_bytes += map(len, group.frames)
             iframe_bytes.append(len(group.iframe))
             alive()

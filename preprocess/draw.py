@@ -1,4 +1,4 @@
-"""Motion as pictures: colours, arrows, a legend. Only numpy, and matplotlib for arrows, so that every stage can use it.
+"""Motion and residuals as pictures. Only numpy, and matplotlib for arrows, so that every stage can use it.
 
 Motion is (dx, dy), the displacement of the content from the previous frame to this one, +x right, +y down, in pixels of
 the encoded frame, one vector a 16x16 block. Block (r, c) covers encoded pixels [16c, 16c + 16) x [16r, 16r + 16); the
@@ -84,8 +84,23 @@ def colour_view(
     intra: (rows, cols), true where a block has no vector; such blocks are hatched grey.
     Returns uint8 RGB (height, width, 3).
     """
-    vectors = _grid(motion, encoded)
-    colours = colour_wheel(vectors, limit, intra)
+    return _spread(colour_wheel(_grid(motion, encoded), limit, intra), encoded, size, intra)
+
+
+def energy_view(
+    energy: npt.ArrayLike, limit: float, encoded: tuple[int, int], size: tuple[int, int], intra: Mask
+) -> Image:
+    """The energy of residuals as greys, as `colour_view` shows motion: white none, black `limit` or more.
+
+    energy: (rows, cols) grey levels a pixel. Blocks of `intra` (rows, cols), which have none, are hatched grey.
+    """
+    grey = np.rint(255 * (1 - np.minimum(np.asarray(energy) / limit, 1))).astype(np.uint8)
+    grey[intra] = INTRA_GREY[0]
+    return _spread(grey[..., None].repeat(3, axis=-1), encoded, size, intra)
+
+
+def _spread(colours: Image, encoded: tuple[int, int], size: tuple[int, int], intra: Mask | None) -> Image:
+    """Colours of blocks (rows, cols, 3) over the area of the frame; those of `intra` are hatched."""
     (width, height), (encoded_width, encoded_height) = size, encoded
     col = ((np.arange(width) + 0.5) * encoded_width / width / BLOCK).astype(np.intp)
     row = ((np.arange(height) + 0.5) * encoded_height / height / BLOCK).astype(np.intp)

@@ -13,6 +13,7 @@ import simplejpeg
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorRange, VideoReformatter
 
+from preprocess import residual
 from preprocess.encode import pixels, side_data
 from preprocess.schema import INTRA, MACROBLOCK, QUARTERS, Settings
 
@@ -40,9 +41,13 @@ class Group(NamedTuple):
     """JPEG of the first at the encoded size."""
     motion: np.ndarray
     """int16 (n, rows, cols, 2), as `preprocess.schema` defines it."""
+    residual: np.ndarray
+    """uint16 (n, rows, cols), alike; nothing where it is not wanted."""
 
 
-def groups(packets: Iterable[av.Packet], settings: Settings, file: Path | None = None) -> Iterator[Group]:
+def groups(
+    packets: Iterable[av.Packet], settings: Settings, file: Path | None = None, residuals: bool = False
+) -> Iterator[Group]:
     """Every group of pictures of an encoded stream. Raises ValueError where it is not what our encoder makes.
 
     PyAV reads frames and vectors in one decode; where a `file` is named, mvextractor reads the vectors from what is
@@ -52,19 +57,27 @@ def groups(packets: Iterable[av.Packet], settings: Settings, file: Path | None =
     small, full = VideoReformatter(), VideoReformatter()
     frames: list[bytes] = []
     records: list[bytes] = []
+    lumas: list[np.ndarray] = []
     iframe = b""
+
+    def group() -> Group:
+        motion = grids(records, settings)
+        return Group(frames, iframe, motion, residual.energies(lumas, motion) if residuals else np.empty(0))
+
     for number, (frame, vectors) in enumerate(decoded(packets) if file is None else decoded_twice(packets, file)):
         if frame.key_frame != (number % settings.gop == 0):
             raise ValueError(f"frame {number} of the encoded stream breaks the group of {settings.gop}")
         if frame.key_frame:
             if frames:
-                yield Group(frames, iframe, grids(records, settings))
-            frames, records = [], []
+                yield group()
+            frames, records, lumas = [], [], []
             iframe = _jpeg(frame, full, settings.width, settings.height, settings.jpeg_quality)
         frames.append(_jpeg(frame, small, settings.frame_width, settings.frame_height, settings.jpeg_quality))
         records.append(vectors)
+        if residuals:
+            lumas.append(residual.padded_luma(frame, settings.grid))
     if frames:
-        yield Group(frames, iframe, grids(records, settings))
+        yield group()
 
 
 def decoded(packets: Iterable[av.Packet]) -> Iterator[tuple[av.VideoFrame, bytes]]:

@@ -22,9 +22,9 @@ from preprocess.codec import Codec, CodecError, plain, spread
 from preprocess.command import say
 from preprocess.encode import pixels
 from preprocess.pipeline import Progress, library_versions
-from preprocess.schema import INTRA, MACROBLOCK, QUARTERS, Settings, flow_path
+from preprocess.schema import INTRA, MACROBLOCK, QUARTERS, Settings, beside_path
 from preprocess.shards import Shard, ShardSet
-from preprocess.writer import Busy, working, write_flow
+from preprocess.writer import Busy, working, write_beside
 
 LIBRARIES = ("av", "numpy", "scikit-image", "scipy")
 ATTACHMENT = 15  # lambda: the smaller, the smoother
@@ -65,7 +65,7 @@ def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0)
 
 def _has_flow(shard: Shard) -> bool:
     """Whether a shard's flow is there; ValueError where what is there is not that shard's."""
-    return flow_path(shard.path).exists() and shard.flow is not None
+    return beside_path(shard.path, "flow").exists() and shard.flow is not None
 
 
 def make_flow(
@@ -90,11 +90,11 @@ def make_flow(
         return answer
 
     made_from = json.dumps([shard.sha256, versions], sort_keys=True)
-    with working(flow_path(shard.path), made_from, ("flow",)) as journal:
+    with working(beside_path(shard.path, "flow"), made_from, ("flow",)) as journal:
         progress.skip(len(journal.kept))
         for path, held in zip(shard.paths, np.diff(shard.frame_offset).tolist()):
             journal.next(partial(compute, path, held))
-        return write_flow(shard, versions, journal.spool)
+        return write_beside(shard.path, "flow", shard, shard.sha256, versions, journal.spool)
 
 
 def maps(pictures: Iterable[av.VideoFrame], settings: Settings) -> Iterator[np.ndarray]:

@@ -27,7 +27,7 @@ from preprocess.codec import Codec, CodecError, Reader, plain, spread
 from preprocess.command import at_least, say
 from preprocess.files import replacing
 from preprocess.manifest import Manifest
-from preprocess.schema import Failure, Origin, Settings, shard_name, shard_paths
+from preprocess.schema import Failure, Origin, Settings, beside_path, shard_name, shard_paths
 from preprocess.shards import Shard
 from preprocess.writer import Busy, Journal, Spool, Video, copy_video, working, write_shard
 
@@ -55,6 +55,7 @@ class Task:
     time_limit: float
     reader: Reader = "pyav"
     retry_failed: bool = False
+    residuals: bool = False
     scratch: Path | None = None
     """Folder for the spool; None: beside the shard."""
     witnesses: tuple[str, ...] = ()
@@ -65,10 +66,14 @@ class Task:
         return self.out / shard_name(self.number)
 
     @property
+    def spooled(self) -> tuple[str, ...]:
+        return (*Spool.names, "residual") if self.residuals else Spool.names
+
+    @property
     def made_from(self) -> str:
         """What makes two tasks the same, in spite of rows that were appended for other shards."""
         settings, versions = self.origin.settings.to_json(), self.origin.versions
-        return json.dumps([settings, versions, self.first_row, self.paths, self.labels], sort_keys=True)
+        return json.dumps([settings, versions, self.first_row, self.paths, self.labels, self.spooled], sort_keys=True)
 
 
 class Made(NamedTuple):
@@ -146,6 +151,7 @@ def run(
     retry_failed: bool = False,
     time_limit: float = 600.0,
     reader: Reader = "pyav",
+    residuals: bool = False,
     spool: Path | None = None,
     dry_run: bool = False,
 ) -> Summary | None:
@@ -182,6 +188,7 @@ def run(
         out=out,
         time_limit=time_limit,
         reader=reader,
+        residuals=residuals,
         retry_failed=retry_failed,
         scratch=spool and spool.absolute(),
     )
@@ -300,6 +307,8 @@ def refuse_foreign(out: Path, tasks: list[Task]) -> None:
     for path in shard_paths(out):
         shard = Shard(path)
         differences = tasks[0].origin.differences(shard.origin)
+        if beside_path(path, "residual").exists() != tasks[0].residuals:
+            differences.append(f"--residuals: {not tasks[0].residuals} there, {tasks[0].residuals} here")
         if differences := differences or _other_rows(shard, tasks):
             raise ValueError(
                 f"{path} was made by another run ({'; '.join(differences)}). Nothing was deleted: choose another "
@@ -338,7 +347,7 @@ def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Ma
     `write_shard`, ValueError where what it holds is damaged, RuntimeError where the videos' folder went away.
     """
     try:
-        with working(task.shard, task.made_from, scratch=task.scratch) as journal:
+        with working(task.shard, task.made_from, task.spooled, task.scratch) as journal:
             if lacking(task):
                 return _make(task, codec, journal, progress)
         made = Made(0, 0, 0, 0)  # another process has made it meanwhile

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from preprocess.draw import DPI, Image, arrows, colour_view, enlarge, new_figure, pixels, wheel_legend
+from preprocess.draw import DPI, Image, arrows, colour_view, energy_view, enlarge, new_figure, pixels, wheel_legend
 from preprocess.files import replacing
-from preprocess.schema import INTRA, QUARTERS
+from preprocess.schema import INTRA, MACROBLOCK, NO_RESIDUAL, QUARTERS, beside_path
 from preprocess.shards import Shard, ShardSet
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 TIMES = 4  # pictures of moving frames a video, besides the first I-frame
 MOST_VIDEOS = 24  # each takes about a thousand lines of the page
 WIDTH, HEIGHT = 2000, 1120  # pixels of a sheet that one video takes
+RESIDUAL_HEIGHT = 320  # and as many more where there are residuals
+LIMITS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 PICTURE_WIDTH = 456  # frames are enlarged by a whole factor to about this before arrows are drawn on them
 MOST_INTRA = 0.25  # beyond this share of blocks without a vector a frame is a cut, and its vectors are arbitrary
 INK, PALE, I_FRAME, SHOWN = "#222222", "#666666", "#c2410c", "#0369a1"
@@ -75,9 +77,11 @@ def contact_sheet(shard_set: ShardSet, videos: Sequence[int], out_png: Path) -> 
     """
     if not 1 <= len(videos) <= MOST_VIDEOS:
         raise ValueError(f"{len(videos)} videos: a sheet shows 1 to {MOST_VIDEOS}")
-    figure = new_figure(WIDTH, HEIGHT * len(videos), layout="constrained")
-    for part, number in zip(figure.subfigures(len(videos), 1, squeeze=False)[:, 0], videos):
-        _draw(part, _View.of(shard_set, number))
+    views = [_View.of(shard_set, number) for number in videos]
+    height = HEIGHT + (RESIDUAL_HEIGHT if any(view.residual is not None for view in views) else 0)
+    figure = new_figure(WIDTH, height * len(videos), layout="constrained")
+    for part, view in zip(figure.subfigures(len(videos), 1, squeeze=False)[:, 0], views):
+        _draw(part, view)
     with replacing(Path(out_png)) as partial:
         figure.savefig(partial, format="png", dpi=DPI, facecolor="white")
     return Path(out_png)
@@ -121,6 +125,8 @@ class _View:
     i_frames: npt.NDArray[np.int64]  # frame numbers in the video
     moments: list[int]  # frames of largest motion in equal parts of the video; never I-frames
     limit: int  # pixels, full colour
+    residual: npt.NDArray[np.uint16] | None  # (T, rows, cols) as stored, where the set has it
+    energy_limit: int  # grey levels a pixel, black
 
     @classmethod
     def of(cls, shard_set: ShardSet, number: int) -> _View:
@@ -133,8 +139,8 @@ class _View:
         cut = np.array([(shard.motion[f, ..., 0] == INTRA).mean() > MOST_INTRA for f in range(start, stop)])
         moments = _moments(np.where(cut, -1.0, mean), i_frames)
         shown = np.concatenate([np.ravel(_magnitude(shard.motion[start + t])) for t in moments] or [np.zeros(1)])
-        moving = shown[shown >= 0.5]
-        largest = float(np.percentile(moving, 90)) if len(moving) else 0.0  # a few wild vectors must not pale the rest
+        residual = shard.residual[start:stop] if beside_path(shard.path, "residual").exists() else None
+        energy = np.zeros(1) if residual is None else _energy(residual[moments])
         return cls(
             shard=shard,
             index=index,
@@ -145,7 +151,9 @@ class _View:
             mean=mean,
             i_frames=i_frames,
             moments=moments,
-            limit=next((n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if n >= largest), 64),
+            limit=_limit(shown),
+            residual=residual,
+            energy_limit=_limit(energy),
         )
 
     @property
@@ -169,8 +177,9 @@ class _View:
         kind = "I-frame, no vectors" if t in self.i_frames else f"mean motion {self.mean[t]:.1f} px"
         return f"frame {t}{SEPARATOR}{kind}"
 
-    def pictures(self, t: int) -> tuple[Image, Image, Image]:
-        """Frame t as stored (an I-frame at its full size), with arrows, and its motion in colours: uint8 (H, W, 3)."""
+    def pictures(self, t: int) -> list[Image]:
+        """Frame t as stored (an I-frame at its full size), with arrows, its motion in colours, and its residual where
+        there is one: uint8 (H, W, 3)."""
         f = int(self.shard.frame_offset[self.index]) + t
         small = simplejpeg.decode_jpeg(self.shard.frame_jpeg(f), colorspace="RGB")
         stored = small
@@ -181,20 +190,27 @@ class _View:
         motion, intra = _pixels(self.shard.motion[f])
         size = (frame.shape[1], frame.shape[0])
         colours = colour_view(motion, self.limit, self.encoded, size, intra)
-        return stored, arrows(frame, motion, self.encoded, self.gain), colours
+        pictures = [stored, arrows(frame, motion, self.encoded, self.gain), colours]
+        if self.residual is not None:
+            pictures.append(energy_view(_energy(self.residual[t]), self.energy_limit, self.encoded, size, intra))
+        return pictures
 
 
 def _draw(page: SubFigure, view: _View) -> None:
     """One video's part of a sheet."""
     page.suptitle(f"{_shorten(view.path, 150)}\n{view.facts}", x=0.01, ha="left", color=INK, parse_math=False)
-    grid = page.add_gridspec(4, TIMES + 2, height_ratios=(3, 3, 3, 1.5), width_ratios=(2, *[3] * (TIMES + 1)))
     length = "drawn at true length" if view.gain == 1 else f"drawn {view.gain:g} times as long"
     rows = {
         "Frame": "as stored in the shard",
         "Motion as arrows": f"how each 16×16 block moved\nsince the previous frame,\n{length}",
         "Motion as colour": f"rim: {view.limit} px a frame or more\nwhite: still\nhatched: no vector (intra)",
+        "Residual": f"what vectors did not predict\nwhite: nothing\nblack: {view.energy_limit} grey levels or more",
         "Motion over time": "mean over all blocks, px",
     }
+    if view.residual is None:
+        del rows["Residual"]
+    heights, widths = [3] * (len(rows) - 1), [3] * (TIMES + 1)
+    grid = page.add_gridspec(len(rows), TIMES + 2, height_ratios=(*heights, 1.5), width_ratios=(2, *widths))
     for row, (title, text) in enumerate(rows.items()):
         axes = page.add_subplot(grid[row, 0])
         axes.set_title(title, loc="left", fontweight="bold", fontsize="medium")
@@ -211,7 +227,7 @@ def _draw(page: SubFigure, view: _View) -> None:
             axes.imshow(picture)
             axes.set_title(view.caption(t) if row == 0 else "", loc="left", color=colour, fontsize="medium")
             _without_axis(axes, colour)
-    _curve(page.add_subplot(grid[3, 1:]), view)
+    _curve(page.add_subplot(grid[-1, 1:]), view)
 
 
 def _curve(axes: Axes, view: _View) -> None:
@@ -237,17 +253,22 @@ def _without_axis(axes: Axes, border: str | None = None) -> None:
 
 
 def _clip_pictures(view: _View) -> Iterator[Image]:
-    """Each frame of a clip: arrows and colours side by side below what they are; even sizes."""
-    _, drawn, colours = view.pictures(0)
-    height, width = drawn.shape[:2]
-    figure = new_figure(2 * (width + 90), 2 * (height // 2 + 50), layout="constrained")
-    left, right, legend = figure.subplots(1, 3, width_ratios=(width, width, 120))
-    panels = [left.imshow(drawn), right.imshow(colours)]
-    left.set_xlabel(f"motion since the previous frame, arrows ×{view.gain:g}", loc="left", color=PALE)
-    right.set_xlabel("as colours; hatched: no vector", loc="left", color=PALE)
+    """Each frame of a clip: arrows, colours and residuals side by side below what they are; even sizes."""
+    _, *first = view.pictures(0)
+    height, width = first[0].shape[:2]
+    figure = new_figure(len(first) * width + 180, 2 * (height // 2 + 50), layout="constrained")
+    *places, legend = figure.subplots(1, len(first) + 1, width_ratios=(*[width] * len(first), 120))
+    panels = [axes.imshow(picture) for axes, picture in zip(places, first)]
+    texts = (
+        f"motion since the previous frame, arrows ×{view.gain:g}",
+        "as colours; hatched: no vector",
+        f"residual; black: {view.energy_limit} grey levels a pixel",
+    )
+    for axes, text in zip(places, texts):
+        axes.set_xlabel(text, loc="left", color=PALE)
     legend.imshow(wheel_legend(312))
     legend.set_xlabel(f"rim: {view.limit} px\na frame", color=PALE)
-    for axes in (left, right, legend):
+    for axes in (*places, legend):
         _without_axis(axes)
     title = f"{_shorten(view.path, 100)}{SEPARATOR}{view.label}"
     for t in range(len(view.mean)):
@@ -266,6 +287,18 @@ def _pixels(stored: npt.NDArray[np.int16]) -> tuple[Pixels, npt.NDArray[np.bool_
     """Stored motion (..., 2) as pixels, zero where a block has no vector, and the mask (...) of those blocks."""
     intra = stored[..., 0] == INTRA
     return np.where(intra[..., None], 0.0, stored / QUARTERS), intra
+
+
+def _energy(stored: npt.NDArray[np.uint16]) -> Pixels:
+    """Stored energies as grey levels a pixel, zero where a block has none."""
+    return np.where(stored == NO_RESIDUAL, 0.0, stored / MACROBLOCK**2)
+
+
+def _limit(values: Pixels) -> int:
+    """What is shown in full: few values are larger, of those that are not small; they must not pale the rest."""
+    large = values[values >= 0.5]
+    most = float(np.percentile(large, 90)) if len(large) else 0.0
+    return next((n for n in LIMITS if n >= most), 64)
 
 
 def _magnitude(stored: npt.NDArray[np.int16]) -> Pixels:

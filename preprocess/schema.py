@@ -34,10 +34,15 @@ Motion vectors, stated once for the whole project:
 | unit | quarter pixels of the encoded frame |
 | no vector | `INTRA` (-32768): intra block, or an I-frame; a skipped block is a true zero |
 
-Optical flow is not part of a shard. Where it was computed (`preprocess.flow`) it lies in a file of its own beside it,
-shard-00000.flow.h5: one dataset, `flow`, of the same shape, cells, axes, meaning and unit as `motion`, the mean over a
-cell's pixels inside the frame, rounded. I-frames have it too; a video's first frame, which nothing precedes, is all
-`INTRA`.
+Optical flow and residuals are not part of a shard, which is the same with them and without. Each lies in a file of its
+own beside it, shard-00000.flow.h5 and shard-00000.residual.h5, of one dataset that is called as the file is.
+
+`flow` (`preprocess.flow`): of the same shape, cells, axes, meaning and unit as `motion`, the mean over a cell's pixels
+inside the frame, rounded. I-frames have it too; a video's first frame, which nothing precedes, is all `INTRA`.
+
+`residual` (`preprocess.residual`): uint16 (F, rows, cols), the energy of what the stream transmits beside the vectors:
+the sum over a cell's 256 pixels of how far luma is from what the vector predicts; `NO_RESIDUAL` (65535) where `motion`
+has no vector.
 """
 
 from __future__ import annotations
@@ -50,11 +55,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT, FLOW_FORMAT = "context-motion-shard", "context-motion-flow"
-VERSION, FLOW_VERSION = 1, 1
+FORMAT = "context-motion-shard"
+VERSION = BESIDE_VERSION = 1
 MACROBLOCK = 16
 QUARTERS = 4  # motion is stored in quarter pixels
 INTRA = -32768
+NO_RESIDUAL = 65535  # 256 pixels differ by at most 65280
 JOURNAL = "journal"
 NO_SHARDS = "{} holds no shards (shard-*.h5): name a folder that does, or make them with python -m preprocess run"
 COPY_BYTES = 1 << 20  # what fits into a core's cache is copied and hashed faster than what does not
@@ -81,6 +87,8 @@ SCHEMA: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "failed/reason_offset": ("int64", ("m+1",)),
 }
 OPTIONAL: dict[str, tuple[str, tuple[str | int, ...]]] = {"frames/time": ("float64", ("F",))}
+BESIDE = {"flow": ("int16", 4), "residual": ("uint16", 3)}
+"""Datasets in a file beside the shard: type, and how many of the dimensions of `motion` they have."""
 OFFSETS = {name: name.removesuffix("_offset") for name in SCHEMA if name.endswith("_offset")}
 
 
@@ -178,13 +186,13 @@ def shard_name(number: int) -> str:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a folder, in order, without the files of optical flow beside them."""
+    """The shards of a folder, in order, without the files beside them."""
     return sorted(folder.glob("shard-*[0-9].h5"))
 
 
-def flow_path(shard: Path) -> Path:
-    """Where the optical flow of a shard lies."""
-    return shard.with_suffix(".flow.h5")
+def beside_path(shard: Path, name: str) -> Path:
+    """Where one of `BESIDE` lies."""
+    return shard.with_suffix(f".{name}.h5")
 
 
 def checksum_path(file: Path) -> Path:

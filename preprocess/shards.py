@@ -12,15 +12,15 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
 
 from preprocess.manifest import in_order
 from preprocess.schema import (
-    FLOW_FORMAT,
-    FLOW_VERSION,
+    BESIDE,
+    BESIDE_VERSION,
     FORMAT,
     NO_SHARDS,
     OFFSETS,
@@ -30,9 +30,9 @@ from preprocess.schema import (
     Failure,
     Origin,
     Settings,
+    beside_path,
     checksum_path,
     even_times,
-    flow_path,
     shard_paths,
 )
 
@@ -57,7 +57,7 @@ class Shard:
         self.path = Path(path)
         self._columns: dict[str, np.ndarray] = {}
         self._mapped: np.ndarray | None = None
-        self._flow: np.ndarray | None = None
+        self._beside: dict[str, np.ndarray] = {}
         with _blaming(self.path, "a shard"), _opened(self.path) as f:
             self._read_attributes(f)
             self._layout = self._read_layout(f)
@@ -119,7 +119,7 @@ class Shard:
 
     def __getstate__(self) -> dict[str, Any]:
         # The maps are made anew where the shard is unpickled.
-        return self.__dict__ | {"_columns": {}, "_mapped": None, "_flow": None}
+        return self.__dict__ | {"_columns": {}, "_mapped": None, "_beside": {}}
 
     def release(self) -> None:
         """Let go of the memory that was read through the map; what is read again comes from the file again."""
@@ -149,9 +149,29 @@ class Shard:
 
         Raises ValueError, saying how to get it, where there is none, or one that belongs to another shard.
         """
-        if self._flow is None:
-            self._flow = _open_flow(self)
-        return self._flow
+        return self._open_beside("flow", f"make it with python -m preprocess flow {self.path.parent} --videos FOLDER")
+
+    @property
+    def residual(self) -> np.ndarray:
+        """Energy of the residuals, uint16 (F, rows, cols), mapped from the file beside the shard; raises as `flow`."""
+        return self._open_beside(
+            "residual", "make the shards, in another folder, with python -m preprocess run --residuals"
+        )
+
+    def _open_beside(self, name: str, way_out: str) -> np.ndarray:
+        if name not in self._beside:
+            path = beside_path(self.path, name)
+            if not path.exists():
+                raise ValueError(f"{path.name} is missing from {path.parent}: {way_out}")
+            dtype, dimensions = BESIDE[name]
+            with _blaming(path, f"the {name} of a shard"), _opened(path) as f:
+                if _attributes(f, f"context-motion-{name}", BESIDE_VERSION)["shard_sha256"] != self.sha256:
+                    raise ValueError(f"the {name} of another shard, or of what this one was: delete it, then {way_out}")
+                shape, offset = _place(f, name, dtype, dimensions, path.stat().st_size)
+                if shape != self.motion.shape[:dimensions]:
+                    raise ValueError(f"{name} has shape {shape}, but the shard's motion {self.motion.shape}")
+            self._beside[name] = _column(_map(path), dtype, shape, offset)
+        return self._beside[name]
 
     @property
     def paths(self) -> list[str]:
@@ -186,19 +206,10 @@ class Shard:
         offset = self["iframes/jpeg_offset"]
         return self["iframes/jpeg"][offset[iframe] : offset[iframe + 1]]
 
-
-def _open_flow(shard: Shard) -> np.ndarray:
-    path = flow_path(shard.path)
-    way_out = f"python -m preprocess flow {shard.path.parent} --videos FOLDER"
-    if not path.exists():
-        raise ValueError(f"{path.name} is missing from {path.parent}: make it with {way_out}")
-    with _blaming(path, "optical flow"), _opened(path) as f:
-        if _attributes(f, FLOW_FORMAT, FLOW_VERSION)["shard_sha256"] != shard.sha256:
-            raise ValueError(f"the flow of another shard, or of what this one was before: delete it, then {way_out}")
-        shape, offset = _place(f, "flow", "int16", 4, path.stat().st_size)
-        if shape != shard.motion.shape:
-            raise ValueError(f"flow has shape {shape}, but the shard's motion {shard.motion.shape}")
-    return _column(_map(path), "int16", shape, offset)
+    def expect(self, kind: Literal["frames", "iframes"], numbers: np.ndarray) -> None:
+        """Have the JPEGs fetched that `frame_jpeg` or `iframe_jpeg` are about to be asked for."""
+        offset = self[f"{kind}/jpeg_offset"]
+        expect(self[f"{kind}/jpeg"], offset[numbers], offset[numbers + 1])
 
 
 @contextmanager
@@ -293,6 +304,16 @@ def _column(mapped: np.ndarray, dtype: str, shape: tuple[int, ...], offset: int)
     size = math.prod(shape) * np.dtype(dtype).itemsize
     flat = mapped[offset : offset + size].view(dtype) if size else np.empty(0, dtype)
     return flat.reshape(shape)
+
+
+def expect(column: np.ndarray, first: np.ndarray, end: np.ndarray) -> None:
+    """Tell the system that rows first[i] to end[i] of a mapped column are about to be read: it fetches them all at
+    once, and nobody waits. Unannounced, every page that is not in memory is waited for when its turn comes."""
+    row = column.strides[0]
+    begin = column.ctypes.data + first * row
+    page = begin - begin % mmap.PAGESIZE  # where a range has to begin
+    for address, size in zip(page.tolist(), (begin - page + (end - first) * row).tolist()):
+        _libc.madvise(address, size, mmap.MADV_WILLNEED)
 
 
 class ShardSet:

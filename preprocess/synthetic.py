@@ -10,6 +10,10 @@ numbers, so that neither tells the other, and:
   and leaving the frame would let the place tell it;
 - the sprites of a scene move alike, hence nearly every crop sees the motion.
 
+Two further motions, which no data set has unless it is asked for them, ask what motion vectors cannot say: sprites
+stand where they are, and come up at once and fade, again and again, or the reverse. How far they have faded is drawn
+uniformly for every frame of both, so that no single frame tells the two apart.
+
 Every pixel is a function of (seed, subset, index) and the settings; the number of workers changes nothing.
 """
 
@@ -64,14 +68,25 @@ CONTEXTS: dict[str, Family] = {
     "rapids": Family((52, 80, 96), (88, 134, 146), (168, 194, 188), 9.0),
 }
 
-# Heading at frame 0 in degrees (0 right, 90 down, as y points down; None anywhere) and turning sense (+1 clockwise).
-MOTIONS: dict[str, tuple[float | None, int]] = {
-    "rightward": (0.0, 0),
-    "leftward": (180.0, 0),
-    "upward": (270.0, 0),
-    "downward": (90.0, 0),
-    "clockwise": (None, 1),
-    "anticlockwise": (None, -1),
+
+class Motion(NamedTuple):
+    """Heading at frame 0 in degrees (0 right, 90 down, as y points down; None anywhere), turning sense (+1 clockwise);
+    or the sign of the slope at which sprites that stand still become opaque."""
+
+    heading: float | None
+    sense: int = 0
+    fading: int = 0
+
+
+MOTIONS: dict[str, Motion] = {
+    "rightward": Motion(0.0),
+    "leftward": Motion(180.0),
+    "upward": Motion(270.0),
+    "downward": Motion(90.0),
+    "clockwise": Motion(None, 1),
+    "anticlockwise": Motion(None, -1),
+    "appearing": Motion(None, fading=-1),
+    "vanishing": Motion(None, fading=1),
 }
 
 
@@ -90,7 +105,9 @@ SPRITE_WAVELENGTH = (12.0, 20.0)  # smooth enough for an encoder to match, too l
 SPRITE_SATURATION = 0.5  # 0 grey ... 1 full colour
 SPEED = (2.0, 4.0)  # pixels a frame along the path
 RADIUS = (16.0, 24.0)  # of the turning motions' circle
+PERIOD = (12.0, 24.0)  # frames from one sudden change of a fading sprite to the next
 HEADING_JITTER = 10.0  # degrees either side, straight motions
+CLEAR = np.array([0, 0, 0, 1], np.float32)  # a pixel of a sprite that is not there
 SMALLEST_SIDE = 76  # of the frame: a sprite must not meet itself where it wraps around
 
 
@@ -102,7 +119,7 @@ class Scenes:
     """
 
     contexts: int = 6  # the first so many of CONTEXTS
-    motions: int = 6  # the first so many of MOTIONS
+    motions: int = 6  # the first so many of MOTIONS; 8 adds those that fade
     train: int = 288
     test: int = 360
     frames: int = 72
@@ -170,15 +187,16 @@ def render(scene: Scene) -> Image:
     """All frames of a scene, RGB: (T, H, W, 3)."""
     scenes = scene.scenes
     frames = np.repeat(_pixels(background(scene))[None], scenes.frames, axis=0)
-    path = track(scene)  # (T, N, 2)
+    path, opaque = track(scene), opacity(scene)  # (T, N, 2), (T, N)
     for number, sprite in enumerate(sprites(scene)):
         side = len(sprite)
         corner = path[:, number] - (side - 1) / 2
         whole = np.floor(corner).astype(np.int64)
         part = (corner - whole).astype(np.float32)
-        for frame, (x, y), (across, down) in zip(frames, whole, part):
+        for frame, (x, y), (across, down), share in zip(frames, whole, part, opaque[:, number]):
             moved = sprite[:, 1:] + across * (sprite[:, :-1] - sprite[:, 1:])
             moved = moved[1:] + down * (moved[:-1] - moved[1:])  # (side - 1, side - 1, 4), from pixel x + 1, y + 1 on
+            moved = share * moved + (1 - share) * CLEAR
             rows = (np.arange(y + 1, y + side) % scenes.height)[:, None]
             columns = np.arange(x + 1, x + side) % scenes.width
             frame[rows, columns] = _pixels(frame[rows, columns] * moved[..., 3:] + moved[..., :3])
@@ -199,7 +217,9 @@ def track(scene: Scene) -> NDArray[np.float64]:
     jitter = rng.uniform(-1, 1) * math.radians(HEADING_JITTER)
     anywhere = rng.uniform(0, 2 * math.pi)
     spread = rng.uniform(-1, 1, (SPRITES, 2)) / (8 * SPRITES)
-    heading, sense = MOTIONS[scene.motion]
+    heading, sense, fading = MOTIONS[scene.motion]
+    if fading:
+        speed = 0.0
     first = anywhere if heading is None else math.radians(heading) + jitter
     angle = first + sense * speed / radius * np.arange(scenes.frames - 1)  # (T - 1,)
     steps = speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -207,6 +227,14 @@ def track(scene: Scene) -> NDArray[np.float64]:
     # Sprites stand apart by equal parts of both sides of the frame, less a little of their own: they hardly overlap.
     apart = (np.arange(SPRITES)[:, None] / SPRITES + spread) * (scenes.width, scenes.height)
     return start + apart + shift[:, None]
+
+
+def opacity(scene: Scene) -> Floats:
+    """How far each sprite covers what is behind it, 0 to 1: (T, N). All of it, unless it fades."""
+    rng, fading = scene.rng(3), MOTIONS[scene.motion].fading
+    since = (np.arange(scene.scenes.frames)[:, None] / rng.uniform(*PERIOD) + rng.random(SPRITES)) % 1  # (T, N)
+    shares = {0: np.ones_like(since), 1: since, -1: 1 - since}
+    return shares[fading].astype(np.float32)
 
 
 def background(scene: Scene) -> Floats:

@@ -25,9 +25,9 @@ import numpy as np
 from preprocess.check import content_problems
 from preprocess.command import say
 from preprocess.schema import (
+    BESIDE,
+    BESIDE_VERSION,
     COPY_BYTES,
-    FLOW_FORMAT,
-    FLOW_VERSION,
     FORMAT,
     JOURNAL,
     OPTIONAL,
@@ -35,10 +35,10 @@ from preprocess.schema import (
     VERSION,
     Failure,
     Origin,
+    beside_path,
     checksum_path,
     even_times,
     file_sha256,
-    flow_path,
     shard_name,
     work_path,
 )
@@ -47,7 +47,7 @@ from preprocess.shards import Shard
 HEADER_BYTES = 1 << 16  # more than HDF5 needs for the names and places of the datasets
 SAVE_SECONDS = 5.0  # what a kill may cost; a disk that is made to take every short video at once slows everything
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-SPOOLED = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion", "flow": "flow"}
+SPOOLED = {"frames/jpeg": "frames", "iframes/jpeg": "iframes", "motion": "motion"} | {name: name for name in BESIDE}
 
 Datasets = dict[str, tuple[str, tuple[int, ...]]]
 """Type and shape by name, in the order of the file."""
@@ -220,11 +220,12 @@ def copy_video(shard: Shard, index: int, spool: Spool) -> dict[str, Any]:
     low, high = shard.iframe_frame.searchsorted([first, end]).tolist()
     of_frames = shard["frames/jpeg_offset"][first : end + 1]
     of_iframes = shard["iframes/jpeg_offset"][low : high + 1]
-    pieces = (
+    pieces = [
         shard["frames/jpeg"][of_frames[0] : of_frames[-1]],
         shard["iframes/jpeg"][of_iframes[0] : of_iframes[-1]],
         shard.motion[first:end],
-    )
+        *([shard.residual[first:end]] if "residual" in spool.names else []),
+    ]
     for name, piece in zip(spool.names, pieces, strict=True):
         with open(spool.path(name), "ab") as file:
             file.write(piece.data)
@@ -252,7 +253,8 @@ def write_shard(
 ) -> Path:
     """Assemble, flush, verify and rename one shard; what exists under the final name is complete.
 
-    Raises OSError (disk full and the like) and leaves no partial shard behind.
+    Where residuals were spooled, they get their file beside it first. Raises OSError (disk full and the like) and
+    leaves no partial shard behind.
     """
     path = folder / shard_name(number)
     attributes: dict[str, str | int] = {
@@ -277,25 +279,30 @@ def write_shard(
     datasets = {name: (dtype, shapes[name]) for name, (dtype, _) in (SCHEMA | OPTIONAL).items() if name in shapes}
     with _publishing(path) as partial:
         _assemble(partial, attributes, datasets, columns, spool)
-        if problems := content_problems(Shard(partial)):
+        written = Shard(partial)
+        if problems := content_problems(written):
             spool.path(JOURNAL).unlink(missing_ok=True)  # what it tells of is not to be gone on with
             raise OSError(f"{partial} was written but does not read back: {problems[0]}")
+        if "residual" in spool.names:
+            write_beside(path, "residual", written, file_sha256(partial), origin.versions, spool)
     return path
 
 
-def write_flow(shard: Shard, versions: dict[str, str], spool: Spool) -> Path:
-    """Assemble, flush, verify and rename the optical flow of a shard, beside it. Raises as `write_shard`."""
-    path = flow_path(shard.path)
+def write_beside(
+    path: Path, name: str, shard: Shard, shard_sha256: str, versions: dict[str, str], spool: Spool
+) -> Path:
+    """Assemble, flush and rename one of `BESIDE` of a shard, which is or will be at `path`. Raises as `write_shard`."""
     attributes: dict[str, str | int] = {
-        "format": FLOW_FORMAT,
-        "version": FLOW_VERSION,
-        "shard_sha256": shard.sha256,
+        "format": f"context-motion-{name}",
+        "version": BESIDE_VERSION,
+        "shard_sha256": shard_sha256,
         "settings_sha256": shard.settings.sha256(),
         "versions": json.dumps(versions, sort_keys=True),
     }
-    with _publishing(path) as partial:
-        _assemble(partial, attributes, {"flow": ("int16", shard.motion.shape)}, {}, spool)
-    return path
+    dtype, dimensions = BESIDE[name]
+    with _publishing(beside_path(path, name)) as partial:
+        _assemble(partial, attributes, {name: (dtype, shard.motion.shape[:dimensions])}, {}, spool)
+    return beside_path(path, name)
 
 
 def _assemble(

@@ -38,6 +38,14 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("unhurried")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 def write_video(
     path: Path,
     frames: np.ndarray,

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from preprocess.schema import INTRA
+from preprocess.schema import INTRA, NO_RESIDUAL
 from preprocess.shards import Shard, ShardSet
 from train import augment
 from train.augment import crop, crop_motion, fixed_box, normalise, photometric
@@ -129,6 +129,41 @@ def test_blocks_without_a_vector_are_zero() -> None:
         np.testing.assert_allclose(out[0, axis, 0].numpy(), np.tile(weight * vector[axis], (SIZE, 1)), atol=1e-5)
 
 
+def with_energy(field: np.ndarray) -> Tensor:
+    """Vectors of (12, -8) and these energies (rows, cols), a map, int32 (1, 1, rows, cols, 3)."""
+    vectors = np.broadcast_to([12, -8], (*field.shape, 2))
+    return torch.from_numpy(np.concatenate([vectors, field[..., None]], -1).astype(np.int32))[None, None]
+
+
+@settings(max_examples=40, deadline=None)
+@given(boxes, st.booleans())
+def test_energies_keep_their_place_and_are_neither_rescaled_nor_negated(box: tuple, flip: bool) -> None:
+    """Grey levels a pixel that say where their block is: its column's centre, less half its row's."""
+    centres_x, centres_y = 16 * np.arange(22) + 8, 16 * np.arange(16) + 8
+    stored = with_energy(256 * (centres_x - centres_y[:, None] / 2 + 200))
+    where, mirrored = torch.tensor([box], dtype=torch.float32), torch.tensor([flip])
+    three = crop_motion(stored, where, mirrored, 32, WIDTH, HEIGHT, limit=1e6)
+    x0, y0, x1, y1 = box
+    across = (np.arange(32) + 0.5) / 32
+    x = np.clip((x0 + (1 - across if flip else across) * (x1 - x0)) * WIDTH, 8, 344)
+    y = np.clip((y0 + across * (y1 - y0)) * HEIGHT, 8, 248)
+    np.testing.assert_allclose(three[0, 2, 0] * 1e6, x - y[:, None] / 2 + 200, rtol=1e-4)
+    vectors, energy = (crop_motion(part, where, mirrored, 32, WIDTH, HEIGHT, 1e6) for part in stored.split([2, 1], -1))
+    torch.testing.assert_close(torch.cat([vectors, energy], 1), three, rtol=0, atol=0)
+
+
+def test_energies_are_clamped_and_blocks_without_prediction_count_as_the_highest() -> None:
+    field = np.full((16, 22), 256 * 4)  # four grey levels a pixel
+    field[:, 4:8], field[:, 12:16] = 256 * 60, NO_RESIDUAL
+    p_frame, i_frame = with_energy(field), with_energy(np.full((16, 22), NO_RESIDUAL))
+    found = crop_motion(torch.cat([p_frame, i_frame], 1), WHOLE, NO, 22, 352, HEIGHT)
+    line = [0.4] * 4 + [1.0] * 4 + [0.4] * 4 + [1.0] * 4 + [0.4] * 6
+    np.testing.assert_allclose(found[0, 2, 0], np.tile(line, (22, 1)), rtol=1e-5)
+    assert (found[0, 2, 1] == 0).all(), "an I-frame says nothing"
+    limited = crop_motion(p_frame, WHOLE, NO, 22, 352, HEIGHT, limit=80.0)[0, 2, 0, 0]
+    np.testing.assert_allclose(limited[[0, 5, 13]], [4 / 80, 60 / 80, 1], rtol=1e-5)
+
+
 # ---- colours
 
 
@@ -171,7 +206,7 @@ def test_selecting_after_computing_all_is_the_same(monkeypatch: pytest.MonkeyPat
     assert untouched.any() and torch.equal(other[untouched], clip[untouched])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch sees")
+@pytest.mark.cuda
 def test_a_device_gives_what_the_cpu_gives() -> None:
     clip, params = unit(8, 3, 4, 20, 20), draws(8)
     expected = photometric(clip, params)

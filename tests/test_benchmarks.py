@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, one_thread, panned, write_video
 
-from benchmarks import motion_loss, train_step
+from benchmarks import busy, gpu, motion_loss, train_step
 from benchmarks.stage1_cases import LIMIT_PHASES, OUR_PHASES, limit_packets, run_limit
 from preprocess import encode
 from preprocess.schema import Settings
@@ -44,6 +47,11 @@ def test_loader(tiny: tuple[Path, Path]) -> None:
     assert {"faster decoder", "augmentation", "step of C3D"} <= set(first)
 
 
+def test_busy() -> None:
+    rates = busy.run(None, programs=2, seconds=0.1)
+    assert len(rates) == 2 and min(rates) > 0
+
+
 def test_motion_loss() -> None:
     (row,) = table(run("motion_loss", "--batches", "2", "--repeats", "1"))[1:]
     assert row[1].strip() == "98 × 392" and all(float(cell) > 0 for cell in row[2:8])
@@ -64,11 +72,59 @@ def test_train_step(
     monkeypatch.setattr(train_step, "BACKBONES", ("r3d26",))
     monkeypatch.setattr(sys, "argv", ["train_step", "--quick", "--shards", str(tiny[0]), "--workers", "0"])
     train_step.main()
-    rows = table(capsys.readouterr().out)[1:]
-    assert [(row[0].strip(), row[2].split(",")[0].strip()) for row in rows] == [("r3d26", "ours"), ("r3d26", "plain")]
+    rows = [[cell.strip().rstrip("%") for cell in row] for row in table(capsys.readouterr().out)[1:]]
+    assert [(row[0], row[1]) for row in rows] == [("r3d26", "plain"), ("r3d26", "ours, float32")]
     for row in rows:
-        flops, rate, waiting, gain = (float(row[k].strip().rstrip("%")) for k in (1, 3, 4, 6))
-        assert flops > 0 and rate > 0 and 0 < waiting < 100 and gain > 0
+        rate, gain, waiting, headspace = (float(row[k]) for k in (2, 3, 6, 7))
+        assert rate > 0 and gain > 0 and 0 < waiting < 100 and headspace < 100 and row[5] == ""
+
+
+def test_gpu_without_one(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    """The whole path, but for a part that an earlier call has stored."""
+    (tmp_path / "measurements.json").write_text(
+        json.dumps({"machine": gpu.machine(torch.device("cpu")), "parts": {"loader": {"cores": 77, "commit": "other"}}})
+    )
+    printed = run("gpu", "--shards", str(tiny[0]), "--manifest", str(tiny[1]), "--out", str(tmp_path))
+    assert "dry run" in printed and printed == (tmp_path / "table.md").read_text() + "\n"
+    parts = json.loads((tmp_path / "measurements.json").read_text())["parts"]
+    steps = [part for name, part in parts.items() if name.startswith("step of")]
+    assert [(s["backbone"], s["loop"], s["recompute"]) for s in steps] == [
+        *((backbone, loop, False) for backbone in train_step.BACKBONES for loop in ("plain", "ours")),
+        ("c3d", "ours", True),
+    ]
+    assert all(s["clips_per_second"] > 0 and s["utilisation"] > 0 and s["memory"] is None for s in steps)
+    assert parts["loader"]["cores"] == 77
+    assert parts["agreement"]["inputs"] == 0 < parts["agreement"]["gradient, device"] < 1e-4
+    assert "skipped" in parts["tests"]["summary"]
+    assert [row["batch"] for row in parts["equation 2"]["rows"]] == [2, 4]
+    assert parts["training"]["epoch"] == 1 and 0 <= parts["training"]["both R@1"] <= 100
+
+
+def test_a_part_that_fails_costs_no_other(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+
+    def part(name: str, value: float) -> dict[str, float]:
+        done.append(name)
+        return {"seen": 1 / value}
+
+    def parts(value: float) -> Any:
+        return lambda *_: ((name, partial(part, name, v)) for name, v in (("agreement", value), ("loader", 1.0)))
+
+    options = ["gpu", "--shards", str(tiny[0]), "--manifest", str(tiny[1]), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", options)
+    monkeypatch.setattr(gpu, "train", lambda *_: {"epoch": 0.5, "unfinished": True})
+    monkeypatch.setattr(gpu, "parts", parts(0.0))
+    assert gpu.main() == 1
+    errors = capsys.readouterr().err
+    assert "failed: agreement: ZeroDivisionError" in errors and "goes on: agreement, training" in errors
+    monkeypatch.setattr(gpu, "parts", parts(2.0))
+    monkeypatch.setattr(gpu, "train", lambda *_: {"epoch": 1.0})
+    assert gpu.main() == 0 and done == ["agreement", "loader", "agreement"]
+    assert "- agreement: seen 0.5" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="remove it, or choose another --out"):
+        gpu.resumed(tmp_path / "measurements.json", {"device": "another"})
 
 
 def test_flow(tiny: tuple[Path, Path]) -> None:
@@ -78,6 +134,15 @@ def test_flow(tiny: tuple[Path, Path]) -> None:
     # A pan of (3, -1) pixels, stretched from 176x144 to 340x256: every block moves but those of frame 0.
     assert 0 < int(row[4]) <= 2 * 16 * 22
     assert all(0 <= float(v) < 1 for v in row[5].split(",")) and all(0 <= float(v) < 15 for v in row[6].split(","))
+
+
+def test_residuals(tiny: tuple[Path, Path]) -> None:
+    (row,) = table(run("residuals", "--quick", "--videos", str(tiny[0].parent / "videos" / "00.mp4")))[1:]
+    assert int(row[1]) == 40 and float(row[3]) > 0
+    assert all(float(v) > 0 for cell in (row[2], row[4]) for v in cell.split(","))
+    exact, whole = (float(v) for v in row[5].split(","))
+    # A pan of (3, -1) pixels of 176x144 is one of (5.8, -1.8) of 340x256.
+    assert 0 < exact < whole and float(row[6]) > 1 and float(row[7].strip().rstrip("%")) > 20
 
 
 @pytest.fixture

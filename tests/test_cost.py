@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_config
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from train import __main__ as command
 from train import cost
-from train.config import Finetuning, Objective
+from train.config import Finetuning, Networks, Objective
 from train.model import build_model
 from train.recipes import RECIPES
 
@@ -62,12 +64,49 @@ def test_a_real_step(config: Any, off: float) -> None:
     assert cost.flops_per_clip(config) == pytest.approx(counter.get_total_flops() / 3, rel=off)
 
 
+def peak_of_a_step(config: Any, recompute: bool) -> int:
+    """Bytes that torch's allocator hands out and takes back in a real step on a CPU, at the most."""
+    model = build_model(config, 2, recompute)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        clip, motion = torch.randn(4, 3, 8, 64, 64), torch.randn(4, 2, 2, 8, 64, 64)
+        clips, iframes, points = model(clip, clip[:, :, :1], motion)
+        (clips + iframes).sum().add(torch.cat(points).sum()).backward()
+    events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def test_memory_of_a_step() -> None:
+    networks = Networks("c3d", 16, 16, 16, predictor_width=16, head_hidden=16, head_out=8)
+    config = tiny_config(batch_size=4, size=64, motion_size=64, networks=networks)
+    plain, recomputed = (peak_of_a_step(config, recompute) for recompute in (False, True))
+    for recompute, peak in ((False, plain), (True, recomputed)):
+        assert cost._peak(cost._simplest(config, 4), recompute, torch.float32)[0] == pytest.approx(peak, rel=0.1)
+    assert recomputed < 0.75 * plain
+    state = cost.gpu_bytes(config) - cost._peak(cost._simplest(config, 4), False)[0]
+    assert state == 4 * 4 * sum(p.numel() for p in build_model(config, 2).parameters())  # AdamW, in float32
+
+
 def test_whole_runs() -> None:
     config = RECIPES["scratch-hmdb51-c3d"].config  # batch 8, 120 epochs
     assert cost.total_flops(config, 3570) == 120 * 3568 * c3d_by_hand()
     assert cost.gpu_hours(config, 3570) == pytest.approx(120 * 3568 * c3d_by_hand() / (0.3 * 312e12 * 3600))
     assert cost.flops_per_clip(RECIPES["finetune-ucf101-c3d"].config) == c3d_by_hand()
     assert cost.dataset("pretrain-k400-r3d26") == ("Kinetics-400", 246_000) and cost.dataset("small-mse") is None
+
+
+def test_the_peak_of_a_gpu_goes_by_its_name_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, device = RECIPES["scratch-ucf101-c3d"].config, torch.device("cuda")
+    for name, bfloat16, tf32 in (
+        ("NVIDIA H100 80GB HBM3", 989e12, 494e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        for precision, peak in (("bfloat16", bfloat16), ("float32", tf32)):
+            assert cost.seconds_at_peak(config, device, precision) == pytest.approx(c3d_by_hand() / peak)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert cost.seconds_at_peak(config, device, "float32") is None
+    assert cost.seconds_at_peak(config, torch.device("cpu"), "float32") is None
 
 
 def test_the_list_has_costs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,4 +117,4 @@ def test_the_list_has_costs(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     listed = capsys.readouterr().out
     assert "estimate" in listed and "30%" in listed
     assert "229 GFLOP a clip, 262 PFLOP on UCF101, split 1 (9,537 videos): about 0.78 GPU hours" in listed
-    assert "\n    0.51" in listed
+    assert "about 0.78 GPU hours; 1.5 GB of GPU memory\n" in listed and "\n    0.51" in listed

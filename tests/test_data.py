@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import mmap
+import os
 import pickle
+import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from preprocess import shards as reading
 from preprocess.manifest import Manifest
 from preprocess.schema import INTRA, Failure, Origin, Settings
 from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
+from train.config import Objective, Pretraining
 from train.data import ClipSet, EpochSampler, FinetuneSet, PretrainSet, decode_frames, select
 from train.draws import Cropping, Photometric, Sampling
+from train.loader import make_loader
+from train.tasks import PretrainingTask
 
 SETTINGS = Settings(width=64, height=48, frame_width=32, frame_height=32)
 COUNTS = (160, 100, 71, 60, 40, 26, 25)  # frames of the numbered videos; the last cannot serve
@@ -140,6 +149,20 @@ def test_a_sample_holds_what_was_drawn(shards: ShardSet) -> None:
             assert (sample["index"], sample["label"]) == (index, LABELS[index])
 
 
+@pytest.mark.parametrize(("alpha", "unread", "reads"), [(0.0, "motion", "_motion"), (1.0, "iframe", "decode_iframes")])
+def test_one_task_alone_reads_nothing_of_the_other_and_is_drawn_alike(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, alpha: float, unread: str, reads: str
+) -> None:
+    both = [pretrain(shards)[1, i] for i in range(6)]
+    monkeypatch.setattr(f"train.data.{reads}", lambda *_: pytest.fail("it was read"))
+    data = PretrainingTask(Pretraining(objective=Objective(alpha)), shards, None).data
+    for i, sample in enumerate(both):
+        assert same(data[1, i], {key: value for key, value in sample.items() if not key.startswith(unread)})
+        assert f"{unread}_box" in sample
+        drawn = data._draw((1, i))  # of which the disk is told
+        assert len(drawn.windows if unread == "motion" else drawn.iframe) == 0
+
+
 def test_draws_depend_on_seed_epoch_and_video_alone(shards: ShardSet) -> None:
     first = [pretrain(shards)[2, i] for i in range(6)]
     again = pretrain(shards)
@@ -150,6 +173,46 @@ def test_draws_depend_on_seed_epoch_and_video_alone(shards: ShardSet) -> None:
     assert not same(pretrain(shards, seed=1)[2, 0], first[0])
     boxes = {tuple(s["clip_box"].tolist()) for s in first}
     assert len(boxes) == 6
+
+
+def test_the_disk_is_asked_for_a_batch_at_once(shards: ShardSet, tmp_path: Path) -> None:
+    """Pages that the kernel has let go of: unannounced, a batch waits for the disk page by page."""
+    copy_of = Path(shutil.copytree(shards.folder, tmp_path / "shards"))
+
+    def waits(announced: bool) -> int:
+        data, keys = pretrain(ShardSet(copy_of)), [(0, index) for index in range(6)]
+        if not announced:
+            data._expect = lambda _: None  # type: ignore[method-assign]
+        expected = [data[key] for key in keys]
+        for shard in data.shards.shards:
+            # As a disk far away, which reads no more than it is asked for.
+            reading._libc.madvise(shard._mapped.ctypes.data, shard._mapped.size, mmap.MADV_RANDOM)
+            shard.release()
+            with open(shard.path, "rb") as f:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        found = data.__getitems__(keys)
+        count = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
+        assert all(same(a, b) for a, b in zip(found, expected))
+        return count
+
+    unannounced = waits(False)
+    if not unannounced:
+        pytest.skip("this file system keeps its pages in memory")
+    assert waits(True) < unannounced / 4
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (8, 1, 7), (64, 1, 8), (64, 8, 7), (8, 8, 1)]
+)
+def test_loader_workers_follow_the_cores(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    data, cpu = pretrain(shards), torch.device("cpu")
+    assert make_loader(data, None, cpu).num_workers == workers and make_loader(data, 0, cpu).num_workers == 0
 
 
 def test_workers_change_nothing(shards: ShardSet) -> None:

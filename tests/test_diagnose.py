@@ -143,9 +143,9 @@ def test_frames_are_shuffled_by_video_and_clip_alone() -> None:
 
 def test_opposites_are_what_backwards_scenes_show() -> None:
     for name, opposite in OPPOSITES.items():
-        heading, sense = synthetic.MOTIONS[name]
-        turned, against = synthetic.MOTIONS[opposite]
-        assert against == -sense
+        heading, sense, fading = synthetic.MOTIONS[name]
+        turned, against, rising = synthetic.MOTIONS[opposite]
+        assert (against, rising) == (-sense, -fading)
         assert (heading is None and turned is None) or (heading + 180) % 360 == turned  # type: ignore[operator]
     assert set(OPPOSITES) == set(synthetic.MOTIONS)
 

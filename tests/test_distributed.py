@@ -84,6 +84,11 @@ def work(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
     found: dict[str, Any] = {"device": distributed.start(torch.device("cpu"), f"file://{folder}/meeting")}
     found["rank"], found["world_size"] = distributed.rank(), distributed.world_size()
+    found["anywhere"] = distributed.anywhere(torch.device("cpu"), rank == 1, False)
+    found["together"] = distributed.together(lambda: 10 * rank)
+    with pytest.raises(ValueError) as caught:
+        distributed.together(lambda: 1 // rank if rank else int("nothing"))
+    found["apart"] = str(caught.value)
     found["mean"] = distributed.mean_over_ranks(torch.tensor([rank, 10.0 + rank], requires_grad=True))
 
     x = random(RANKS * 3, 2, seed=20).chunk(RANKS)[rank].requires_grad_()
@@ -112,6 +117,10 @@ def work(rank: int, folder: Path) -> None:
             and all(a is b for a, b in zip(parameters, net.parameters(), strict=True))
         )
         found[name] = use_norm(net, *(x.chunk(RANKS)[rank] for x in norm_inputs(name)))
+    net, (x, weights) = net.train(), (x.chunk(RANKS)[rank] for x in norm_inputs("3d"))
+    for forward in (net, torch.compile(net, backend="eager", fullgraph=True)):  # one graph: collectives break none
+        y = forward(x.requires_grad_())
+        found.setdefault("compiled", []).append((y.detach(), *torch.autograd.grad((y * weights).sum(), x)))
     norm = distributed.synchronise_batch_norm(nn.BatchNorm1d(1))
     found["far from zero"] = norm(3000 + random(1000, 1, seed=40 + rank).float()).detach()
     found["half"] = norm(random(10, 1, seed=50).bfloat16()).dtype
@@ -133,6 +142,8 @@ def test_gather_keeps_the_order_and_sums_gradients(ranks: list[dict[str, Any]]) 
         assert (found["rank"], found["world_size"], found["device"]) == (rank, RANKS, torch.device("cpu"))
         torch.testing.assert_close(found["gathered"], random(RANKS * 3, 2, seed=20), rtol=0, atol=0)
         assert_equal(found["gathered grad"], own)
+        assert found["anywhere"] == [True, False] and found["together"] == [0, 10]
+        assert found["apart"].startswith("process 0: invalid literal") and "process 1" not in found["apart"]
         assert found["mean"].tolist() == [0.5, 10.5] and not found["mean"].requires_grad
 
 
@@ -162,6 +173,7 @@ def test_batch_norm_over_ranks_is_batch_norm_of_the_whole(ranks: list[dict[str, 
         assert_equal(sum(found[name]["gradients"][key] for found in ranks), gradient)
     for found in ranks:
         assert_equal(found[name]["state"], plain["state"])
+        assert_equal(*found["compiled"])
     assert_equal(torch.cat([found[name]["eval"] for found in ranks]), plain["eval"])
 
 
@@ -195,6 +207,7 @@ def test_one_process_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("cpu", {"WORLD_SIZE": "4"}, r"WORLD_SIZE is 4 but RANK, MASTER_ADDR, MASTER_PORT.*torchrun"),
         ("cuda", {"LOCAL_RANK": "2"}, "GPU 2, but 2 are visible"),
+        ("cuda:1", {"WORLD_SIZE": "2"}, "cuda:1 would put all 2 processes on one GPU: give --device cuda"),
     ],
 )
 def test_a_start_that_cannot_work_is_explained(

@@ -23,6 +23,7 @@ from matplotlib.text import Text
 import preprocess
 from preprocess import draw, preview
 from preprocess.encode import film
+from preprocess.schema import INTRA
 from preprocess.shards import ShardSet
 
 ENCODED = (340, 256)
@@ -163,6 +164,17 @@ def test_still_blocks_and_the_overhang_get_no_arrow() -> None:
     assert (draw.arrows(frame, motion, ENCODED) != frame).any()
 
 
+def test_energies_are_grey_and_black_from_the_limit_on() -> None:
+    energy, intra = np.zeros(GRID), np.zeros(GRID, bool)
+    energy[2, 3:6], intra[2, 5] = (1.5, 9, 9), True
+    view = draw.energy_view(energy, 6.0, ENCODED, ENCODED, intra)
+    assert view.shape == (256, 340, 3) and view.dtype == np.uint8
+    assert (view[32:48, 48:64] == 191).all() and (view[32:48, 64:80] == 0).all()
+    assert {tuple(c) for c in view[32:48, 80:96].reshape(-1, 3).tolist()} == {draw.INTRA_GREY, draw.HATCH_GREY}
+    view[32:48, 48:96] = 255
+    assert (view == 255).all()
+
+
 @pytest.fixture(scope="module")
 def sideways(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """A grey texture panned right, the same panned left, and a single frame with an awkward name; one is missing."""
@@ -173,7 +185,7 @@ def sideways(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     single = "still/" + "$x_" * 60 + "$.mp4"
     write_video(folder / "videos" / single, panned(1))
     names = ["left/a.mp4", "right/a.mp4", single, "missing.mp4"]
-    return make_shards(folder, folder / "videos", names, ["left", "right", "", ""])
+    return make_shards(folder, folder / "videos", names, ["left", "right", "", ""], residuals=True)
 
 
 def red_and_azure(page: np.ndarray) -> tuple[int, int]:
@@ -192,7 +204,7 @@ def test_sheet_shows_pans_in_the_hues_of_their_directions_below_texts_that_never
     assert [path.name for path in out.parent.iterdir()] == ["sheet.png"]
     page = np.rint(imread(out)[..., :3] * 255)
     assert (page[0] == 255).all() and (page[:, 0] == 255).all()
-    (left_red, left_azure), (right_red, right_azure) = (red_and_azure(page[k : k + 1120]) for k in (0, 2240))
+    (left_red, left_azure), (right_red, right_azure) = (red_and_azure(page[k : k + 1440]) for k in (0, 2880))
     assert right_red > 100_000 > 10 * right_azure  # four panels of 340 x 256, but for noise and the legend
     assert left_azure > 100_000 > 10 * left_red
 
@@ -235,10 +247,16 @@ def test_no_vector_is_drawn_where_none_is_stored(sideways: ShardSet) -> None:
     assert view.i_frames.tolist() == [0, 12] and (view.mean[[0, 12]] == 0).all()
     shard, index = sideways.locate(1)
     small = simplejpeg.decode_jpeg(shard.frame_jpeg(int(shard.frame_offset[index]) + 12), colorspace="RGB")
-    stored, drawn, colours = view.pictures(12)
+    stored, drawn, *views = view.pictures(12)
     assert stored.shape == (256, 340, 3)  # the I-frame at its own size
     assert (drawn == small.repeat(2, axis=0).repeat(2, axis=1)).all()
-    assert {tuple(c) for c in colours.reshape(-1, 3).tolist()} == {draw.INTRA_GREY, draw.HATCH_GREY}
+    for picture in views:
+        assert {tuple(c) for c in picture.reshape(-1, 3).tolist()} == {draw.INTRA_GREY, draw.HATCH_GREY}
+    first = int(shard.frame_offset[index])
+    energy, intra = shard.residual[first + 11], shard.motion[first + 11, ..., 0] == INTRA
+    expected = draw.energy_view(energy / 256, view.energy_limit, ENCODED, (456, 344), intra)
+    np.testing.assert_array_equal(view.pictures(11)[3], expected)
+    assert len(views) == 2 and expected.min() == 0 and len(np.unique(expected)) > 5
 
 
 def test_clip_has_every_frame(sideways: ShardSet, tmp_path: Path) -> None:

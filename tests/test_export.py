@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 import torch
 from running import Tiny
 from safetensors.torch import load_file, save
+from serving_hub import hub
+from test_restart import files
 
 from eval import __main__ as eval_command
 from eval import features
@@ -23,6 +27,8 @@ from train.export import export, load_backbone
 from train.networks import build_video_network
 from train.trained import load_run
 
+FILES = ["README.md", "config.json", "model.safetensors"]
+
 
 @pytest.mark.parametrize(
     ("name", "weights"), [("joint_run", "last"), ("joint_run", "initial"), ("labelled_run", "epoch-0001")]
@@ -30,13 +36,13 @@ from train.trained import load_run
 def test_others_get_the_network_of_the_run_bit_for_bit(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, weights: str
 ) -> None:
-    out, folder = tmp_path / "new" / "backbone.safetensors", request.getfixturevalue(name)
+    out, folder = tmp_path / "new" / "backbone", request.getfixturevalue(name)
     assert command.main(["export", str(folder), "--out", str(out), "--weights", weights]) == 0
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    assert sorted(p.name for p in out.iterdir()) == FILES
     run = load_run(folder, weights)
     network, about = load_backbone(out)
     by_hand = build_video_network(about["backbone"], about["width"])
-    by_hand.load_state_dict(load_file(out))
+    by_hand.load_state_dict(load_file(out / "model.safetensors"))
     clip = torch.rand(2, 3, about["frames"], about["size"], about["size"])
     mean, std = (torch.tensor(about[k]).view(1, 3, 1, 1, 1) for k in ("mean", "std"))
     plain, _ = load_backbone(out, layer="layer4")
@@ -53,48 +59,113 @@ def test_others_get_the_network_of_the_run_bit_for_bit(
     assert about["weights"] == weights and about["task"] == run.config.task
 
 
-def with_version(whole: bytes) -> bytes:
-    """The same file, of version 9."""
-    size = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + size])
-    header["__metadata__"]["version"] = "9"
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + whole[8 + size :]
+def flipped(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+
+
+def cut(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("name", "spoil", "message"),
     [
-        *((lambda whole, keep=keep: whole[:keep], "cannot be read as safetensors") for keep in (0, 7, 100)),
-        (lambda whole: whole[: len(whole) // 2], "cannot be read as safetensors: it is damaged"),
-        (lambda whole: whole[:-1], "cannot be read as safetensors: it is damaged"),
-        (lambda whole: b"PK" + whole, "cannot be read as safetensors"),
-        (lambda whole: whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], "is damaged: its weights are not those"),
-        (lambda _: save({"a": torch.ones(2)}), "not of this program: its format is None"),
-        (with_version, "has version 9; this program reads 1"),
+        *((FILES[2], lambda path, keep=keep: cut(path, keep), "cannot be read as safeten") for keep in (0, 7, 100, -1)),
+        (FILES[2], lambda path: path.write_bytes(b"PK" + path.read_bytes()), "cannot be read as safetensors"),
+        (FILES[2], flipped, "is damaged: its weights are not those"),
+        (FILES[2], lambda path: path.write_bytes(save({"a": torch.ones(2)})), "is damaged: its weights are not those"),
+        (FILES[2], Path.unlink, "model.safetensors cannot be read as safetensors: it is missing or damaged"),
+        (FILES[1], Path.unlink, "config.json cannot be read: it is missing or damaged"),
+        (FILES[1], lambda path: cut(path, 100), "config.json cannot be read: it is missing or damaged"),
+        (FILES[1], lambda path: path.write_text("[]"), "config.json is not of this program"),
+        (FILES[1], lambda path: path.write_text('{"model_type": "bert"}'), "config.json is not of this program"),
+        (
+            FILES[1],
+            lambda path: path.write_text(path.read_text().replace('"version": 2', '"version": 9')),
+            "has version 9; this program reads 2",
+        ),
     ],
 )
 def test_what_cannot_be_trusted_is_refused(
-    joint_run: Path, tmp_path: Path, spoil: Callable[[bytes], bytes], message: str
+    joint_run: Path, tmp_path: Path, name: str, spoil: Callable[[Path], object], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"is no file; write one with python -m train export"):
-        load_backbone(tmp_path / "b.safetensors")
-    path = export(load_run(joint_run), tmp_path / "b.safetensors")
-    path.write_bytes(spoil(path.read_bytes()))
+    folder = export(load_run(joint_run), tmp_path / "backbone")
+    spoil(folder / name)
     with pytest.raises(ValueError, match=message):
-        load_backbone(path)
+        load_backbone(folder)
 
 
 def test_a_failed_export_leaves_what_was_there(
     joint_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "b.safetensors"
-    out.write_text("before")
-    assert command.main(["export", str(joint_run), "--out", str(out), "--weights", "epoch-0007"]) == 1
+    export(load_run(joint_run), tmp_path / "out")
+    before = files(tmp_path)
+    assert command.main(["export", str(joint_run), "--out", str(tmp_path / "out"), "--weights", "epoch-0007"]) == 1
     assert "has no weights 'epoch-0007', but initial" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert command.main(["export", str(joint_run), "--out", str(tmp_path / "file" / "b")]) == 1
-    assert out.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["b.safetensors", "file"]
+    assert command.main(["export", str(joint_run), "--out", str(tmp_path / "file")]) == 1
+    assert files(tmp_path) == before | {"file": b""}
+
+
+def test_from_a_run_to_the_hub_and_back(
+    joint_run: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pushed and loaded by the client itself, from a server of a few endpoints, then from the cache alone."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(joint_run, run)
+    given = ["--shards", str(tiny[0]), "--manifest", str(tiny[1]), "--device", "cpu", "--workers", "0"]
+    made = (run / "run.json").read_text()
+    (run / "run.json").write_text(made.replace('"trained_on": "split"', '"trained_on": "ucf101_split1"'))
+    for flags in ([], ["--network", "iframe"], ["--network", "layer4", "--weights", "initial"]):
+        monkeypatch.setattr(sys, "argv", ["eval", "retrieve", str(run), *given, *flags])
+        assert eval_command.main() == 0
+    committed: dict[str, bytes] = {}
+    for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+        monkeypatch.delitem(sys.modules, name)  # which reads the environment when it is imported
+    with hub(committed) as address:
+        for name, value in {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}.items():
+            monkeypatch.setenv(name, value)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("not for the Hub")
+        assert command.main(["export", str(run), "--out", str(out), "--push", "owner/name"]) == 0
+        assert capsys.readouterr().out.endswith(f"{address}/owner/name\n")
+        assert committed.pop(".gitattributes") == b""
+        assert committed == {name: (out / name).read_bytes() for name in FILES}
+        text, clips = committed["README.md"].decode(), torch.rand(2, 3, 8, 32, 32)
+        (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert len(lines.splitlines()) == 3
+        found = {"clips": clips}
+        exec(lines, found)
+        with pytest.raises(ValueError, match=r"owner/other is no folder here, and the Hub does not give it: .*404"):
+            load_backbone("owner/other")
+    # The server is gone.
+    assert command.main(["export", str(run), "--out", str(out), "--push", "owner/name"]) == 1
+    assert re.fullmatch(r"error: .*out is written, but not pushed to owner/name: .+\n", capsys.readouterr().err)
+    network, about = load_backbone("owner/name")
+    assert about == json.loads((out / "config.json").read_text())
+    torch.testing.assert_close(network(clips).mean((2, 3, 4)), found["features"], rtol=0, atol=0)
+    torch.testing.assert_close(network.video.state_dict(), load_file(out / "model.safetensors"), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="backbone is no folder, nor a name of the Hub"):
+        load_backbone("backbone")
+
+    import huggingface_hub
+
+    card = huggingface_hub.ModelCard(text)
+    assert (card.data.license, card.data.library_name) == ("mit", "context-motion")
+    assert card.data.datasets == ["ucf101"] and "self-supervised-learning" in card.data.tags
+    rows = [json.loads(path.read_text()) for path in (run / "results").glob("*.json")]
+    (own,) = [row for row in rows if row["network"] == "video"]
+    shown = re.findall(r"^\| (retrieval.*?) \| split \| (.+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    expected = [("retrieval", k, f"{v:.1f}", f"{own['chance'][k]:.1f}") for k, v in own["metrics"].items()]
+    assert len(rows) == 3 and shown == expected
+    assert own["protocol"] in text and "| weights | last, epoch 1 of 1 |" in text
+
+
+def test_the_missing_package_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"\(huggingface_hub\): pip install '\.\[hub\]'"):
+        load_backbone("owner/name")
 
 
 def test_stored_features(joint_run: Path, tiny: Tiny, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from train.metrics import dense
 from train.model import build_model
 from train.trained import load_run
 
-WATCHED = replace(RUNTIME, watch_epochs=2, tensorboard=True)
+WATCHED = replace(RUNTIME, watch_epochs=2, watch="tensorboard")
 KEYS = {"heldout_context_accuracy", "heldout_motion_accuracy", "heldout_recall"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ MODULES = {
     )
     for package in ("preprocess", "train", "eval")
 }
-NAMES = ("schema", "shards", "draw", "manifest", "files", "command")
+NAMES = ("schema", "shards", "draw", "manifest", "files", "command", "transfer")
 SHARED = {f"preprocess.{name}" for name in NAMES}
 """What of stage 1 the later stages may use."""
 
@@ -145,3 +146,14 @@ def test_the_check_sees_what_it_should(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="hides Python's own eval"):
         imported(path)
     assert sum(len(names) for names in MODULES.values()) > 25
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch for Linux is built with libgomp")
+@pytest.mark.parametrize(("given", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(given: dict[str, str], spins: str) -> None:
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = clean | given | {"OMP_DISPLAY_ENV": "verbose"}
+    for module in ("train.loop", "eval.features"):
+        code = f"import {module}, torch"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr  # as libgomp says that it read it

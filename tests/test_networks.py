@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from train.networks import build_predictor, build_video_network
 from train.networks.c3d import C3D
 from train.networks.heads import MLPHead
 from train.networks.predictor import Attention, ConvGRUPredictor, TransformerPredictor
-from train.networks.resnet import BasicBlock, Bottleneck, ResNet, r2d10, r2plus1d26, r3d10, r3d26
+from train.networks.resnet import BasicBlock, Bottleneck, ResNet, r2d10, r2plus1d26, r3d10, r3d26, recomputed
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -209,6 +210,20 @@ def test_pretraining_map_is_layer_4_upsampled_plus_layer_3_stacked(upsampling: A
                 expected[b, c, t] = enlarged(layer4[b, c, t], 5, 7) + layer3[b, c % 8, frame]
     np.testing.assert_allclose(combined.numpy(), expected, atol=1e-12)
     assert combined.shape[1:] == (network.channels, *network.pretrain_grid(16, 80, 112))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recomputed_module_updates_its_statistics_once(compiled: bool) -> None:
+    torch.manual_seed(0)
+    stem = wake(nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(inplace=True)))
+    twin, x = copy.deepcopy(stem), torch.randn(3, 2, 2, 4, 4)
+    again = torch.compile(recomputed, backend="aot_eager", fullgraph=True) if compiled else recomputed
+    for _ in range(2):
+        stem(x).square().sum().backward()
+        again(twin, x).square().sum().backward()
+    torch.testing.assert_close(twin.state_dict(), stem.state_dict(), rtol=0, atol=0)
+    for mine, plain in zip(twin.parameters(), stem.parameters()):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=0, atol=0)
 
 
 def convolved(w: dict[str, Tensor], name: str, x: Tensor, time: int = 1, space: int = 1) -> Tensor:

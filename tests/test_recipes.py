@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import TINY, make_shards, tiny_config
 from running import RUNTIME, Tiny, assert_same_run, run_again
 
 from preprocess.manifest import Manifest
@@ -35,7 +35,8 @@ def smaller(name: str, **changes: Any) -> Any:
     narrow = {"iframe_width": 4, "motion_width": 4, "predictor_width": 16, "head_hidden": 16, "head_out": 8}
     networks = replace(config.networks, width=GROWS[config.networks.backbone], **narrow)
     tiny = tiny_config(kind, batch_size=4, epochs=2)
-    sampling = replace(tiny.sampling, period=config.sampling.period)
+    motion = "vectors" if config.sampling.motion == "flow" else config.sampling.motion
+    sampling = replace(tiny.sampling, period=config.sampling.period, motion=motion)
     subject = config.supervision if isinstance(config, Finetuning) else config.objective
     field = "supervision" if isinstance(config, Finetuning) else "objective"
     optimiser = Optimiser("adamw", lr_per_sample=2e-3, warmup_epochs=0)
@@ -50,6 +51,7 @@ def test_every_recipe_is_trained_below_under_its_own_name_or_another() -> None:
     for name in RECIPES:
         assert sum(smaller(name) == smaller(other) for other in TRAINED) == 1, name
     assert {"pretrain-ucf101-c3d-current", "pretrain-ucf101-r3d26", "regularised-ucf101-c3d", "small"} <= set(TRAINED)
+    assert {"small-residual", "small-residual-only", "pretrain-ucf101-c3d-residual"} <= set(TRAINED)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,11 @@ def start(tiny: Tiny, out: Path, config: Any, pretrained: Run | None = None) -> 
 
 
 @pytest.fixture(scope="module")
-def shards(tiny: Tiny) -> ShardSet:
-    return ShardSet(tiny[0])
+def shards(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The first videos of `tiny`, with residuals."""
+    rows, folder = Manifest.read(tiny[1]), tmp_path_factory.mktemp("residuals")
+    videos = tiny[0].parent / "videos"
+    return make_shards(folder, videos, list(rows.paths[:4]), list(rows.labels[:4]), settings=TINY, residuals=True)
 
 
 def collate(task: Any) -> dict[str, torch.Tensor]:

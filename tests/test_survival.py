@@ -75,7 +75,7 @@ def stop_at(arguments: list[str], out: Path, step: int, number: int) -> tuple[in
 def survive(tiny: Tiny, out: Path, signals: list[signal.Signals], config: Config, seed: int, watch: int = 0) -> None:
     """Run a command, stopping it by each of `signals` at a random step; then let it end."""
     rng = random.Random(seed)
-    options = ["--log-steps", "2", "--checkpoint-steps", "5", "--watch-epochs", str(watch), "--loader-workers"]
+    options = ["--log-steps", "2", "--checkpoint-minutes", "0", "--watch-epochs", str(watch), "--loader-workers"]
     statuses = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
     total = config.epochs * 6
     for position, number in enumerate(signals):
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, spoil
 ) -> None:
     run_again(monkeypatch, 3, spoil)
-    options = ("--loader-workers", "0", "--log-steps", "100", "--checkpoint-steps", "2")
+    options = ("--loader-workers", "0", "--log-steps", "2", "--checkpoint-minutes", "0")
     assert command.main(train_command(tiny, tmp_path, tiny_config(), *options)[3:]) == 1
     errors = capsys.readouterr().err
     assert re.search(rf"error: the {what} is (inf|nan) at step 3;.*lr-per-sample", errors) and "Traceback" not in errors

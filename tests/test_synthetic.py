@@ -20,12 +20,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preprocess import synthetic
+from preprocess import encode, extract, synthetic
 from preprocess.encode import film
 from preprocess.manifest import Manifest
-from preprocess.synthetic import CONTEXTS, MOTIONS, Scene, Scenes, background, render, sprites, track, write
+from preprocess.schema import INTRA, Settings
+from preprocess.synthetic import CONTEXTS, MOTIONS, Scene, Scenes, background, opacity, render, sprites, track, write
 
 SMALL = Scenes(train=36, test=36, frames=13, width=96, height=80)
+MOVING = list(MOTIONS)[:6]
 HEADINGS = {"rightward": (1, 0), "leftward": (-1, 0), "upward": (0, -1), "downward": (0, 1)}  # as seen; y points down
 
 
@@ -55,7 +57,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @settings(max_examples=30)
-@given(contexts=st.integers(1, 6), motions=st.integers(1, 6), train=st.integers(0, 4), test=st.integers(0, 4))
+@given(contexts=st.integers(1, 6), motions=st.integers(1, 8), train=st.integers(0, 4), test=st.integers(0, 4))
 @example(contexts=6, motions=6, train=8, test=10)
 def test_contexts_and_motions_are_crossed_in_equal_numbers(contexts: int, motions: int, train: int, test: int) -> None:
     cells = contexts * motions
@@ -90,7 +92,7 @@ def test_pixels_are_a_function_of_seed_subset_and_index() -> None:
 
 
 def test_a_frame_tells_of_the_motion_only_where_sprites_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_each = [Scene(replace(SMALL, frames=4), "train", 5, "meadow", motion) for motion in MOTIONS]
+    of_each = [Scene(replace(SMALL, frames=4), "train", 5, "meadow", motion) for motion in MOVING]
     firsts = [render(scene)[0] for scene in of_each]
     assert all(np.array_equal(first, firsts[0]) for first in firsts)
     # Whatever way sprites came, a frame shows no more than where they are.
@@ -100,7 +102,7 @@ def test_a_frame_tells_of_the_motion_only_where_sprites_are(monkeypatch: pytest.
 
 
 @settings(max_examples=4)
-@given(index=st.integers(0, 10_000), motion=st.sampled_from(list(MOTIONS)))
+@given(index=st.integers(0, 10_000), motion=st.sampled_from(MOVING))
 def test_sprites_and_their_way_are_the_same_whatever_the_context(index: int, motion: str) -> None:
     scenes = [Scene(SMALL, "test", index, context, motion) for context in CONTEXTS]
     assert all(np.array_equal(track(scene), track(scenes[0])) for scene in scenes)
@@ -126,7 +128,7 @@ def test_sprites_are_equally_likely_everywhere_in_every_frame(motion: str) -> No
 # --- the motion is what the label says -------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 99), index=st.integers(0, 9999), motion=st.sampled_from(list(MOTIONS)))
+@given(seed=st.integers(0, 99), index=st.integers(0, 9999), motion=st.sampled_from(MOVING))
 def test_steps_are_even_and_turn_as_the_motion_says(seed: int, index: int, motion: str) -> None:
     scenes = Scenes(seed=seed)
     steps = np.diff(track(Scene(scenes, "test", index, "grove", motion)), axis=0)  # (T - 1, N, 2)
@@ -162,6 +164,44 @@ def test_only_sprites_move() -> None:
         assert away.sum() > 50
         still = np.clip(background(scene) + 0.5, 0, 255).astype(np.uint8)
         assert (frames[:, away] == still[away]).all()
+
+
+# --- what comes and goes where it stands -----------------------------------------------------------------------------
+
+
+def test_sprites_come_up_and_fade_or_the_reverse_and_no_frame_tells_which() -> None:
+    scenes = Scenes()
+    shares = []
+    for index in range(300):
+        appearing, vanishing = (Scene(scenes, "test", index, "grove", motion) for motion in ("appearing", "vanishing"))
+        assert (np.diff(track(appearing), axis=0) == 0).all()
+        assert np.allclose(opacity(appearing) + opacity(vanishing), 1, atol=1e-6)
+        steps = np.diff(opacity(vanishing), axis=0)
+        period = 1 / steps.max()
+        assert 12 <= period <= 24 and np.isclose(steps[steps > 0], 1 / period, atol=1e-6).all()
+        assert np.isclose(steps[steps < 0], 1 / period - 1, atol=1e-6).all()
+        assert 72 / period - 1.1 <= (steps[:, 0] < 0).sum() <= 72 / period + 1
+        shares.append(opacity(appearing)[[0, 40]].ravel())
+    counts = np.histogram(shares, bins=8, range=(0, 1))[0]
+    # Chi-square with 7 degrees of freedom: 29.9 is exceeded once in 10,000.
+    assert ((counts - 150) ** 2 / 150).sum() < 29.9
+
+
+def test_vectors_say_nothing_of_what_comes_and_goes_and_residuals_do(tmp_path: Path) -> None:
+    stored = Settings(width=176, height=144, frame_width=112, frame_height=92)
+    for motion in "appearing", "vanishing":
+        scene = Scene(Scenes(), "test", 3, "grove", motion)
+        film(tmp_path / "scene.mp4", render(scene), Fraction(25))
+        groups = extract.groups(
+            encode.packets(str(tmp_path / "scene.mp4"), stored, encode.Source()), stored, residuals=True
+        )
+        vectors, energy = (np.concatenate(parts) for parts in zip(*((g.motion, g.residual) for g in groups)))
+        moving = (np.abs(vectors) > 2).any(-1) & (vectors[..., 0] != INTRA)  # more than half a pixel
+        assert moving.mean() < 0.05
+        sudden = np.abs(np.diff(opacity(scene), axis=0, prepend=opacity(scene)[:1])).max(1) > 0.5  # (T,)
+        predicted = np.arange(72) % 12 > 0
+        strong = (energy > 256 * 10).sum((1, 2))  # or intra
+        assert np.median(strong[sudden & predicted]) >= 8 > 1 >= np.median(strong[~sudden & predicted])
 
 
 def test_an_mpeg4_encoder_finds_the_motion(tmp_path: Path) -> None:
@@ -268,7 +308,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"contexts": 7}, "contexts is 7, but must be 1 to 6: dunes"),
-        ({"motions": 0}, "motions is 0, but must be 1 to 6: rightward"),
+        ({"motions": 0}, "motions is 0, but must be 1 to 8: rightward"),
         ({"train": 100}, "train is 100, but must be a multiple of 36 .* 108 would do"),
         ({"test": -36}, "test is -36"),
         ({"frames": 0}, "0 frames of 176 x 144"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_config, train_command
 from running import Tiny
+from test_restart import files
 
-from preprocess.shards import Shard
+from preprocess import transfer
+from preprocess.schema import shard_paths
+from preprocess.shards import Shard, ShardSet
 from train import __main__ as command
 from train.data import PretrainSet
 from train.recipes import RECIPES
@@ -50,7 +55,7 @@ def test_what_is_missing_is_said_at_the_start(
 def damaged(tiny: Tiny, folder: Path) -> Path:
     """A copy of the shards in which no frame is a JPEG any more, though the first and last two bytes of each are."""
     shutil.copytree(tiny[0], folder)
-    for path in folder.glob("*.h5"):
+    for path in shard_paths(folder):
         shard = Shard(path)
         _, (size,), offset = shard._layout["frames/jpeg"]
         jpegs = np.memmap(path, np.uint8, "r+", offset, (size,))
@@ -83,6 +88,30 @@ def test_a_worker_that_dies_is_explained(
     assert "error: DataLoader worker" in errors and "--loader-workers" in errors
 
 
+def test_compiling_without_a_compiler_is_an_error_of_one_line(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command.main([*train_command(tiny, tmp_path / "run", tiny_config())[3:], "--compile"]) == 1
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert re.match(r"error: --compile cannot work here \(.*C\+\+ compiler.*g\+\+", errors)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_gpu_is_an_error_of_one_line(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+
+    monkeypatch.setattr("train.loop.train", full)
+    assert command.main(train_command(tiny, tmp_path / "run", tiny_config())[3:]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 9 GiB. Keep less there with --recompute")
+
+
 def test_only_the_first_process_speaks_without_its_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +141,7 @@ def test_a_setting_out_of_its_limits_is_an_error(
 ) -> None:
     arguments = train_command(tiny, tmp_path / "run", tiny_config())[3:]
     wrong = {"--objective.alpha": "2", "--epochs": "0", "--log-steps": "0", "--seed": "-1", "--size": "2"}
+    wrong |= {"--checkpoint-minutes": "nan", "--precision": "bfloat16"}
     wrong |= {"--optimiser.lr-per-sample": "nan", "--optimiser.clip-norm": "0", "--objective.motion-temperature": "-1"}
     wrong |= {"--networks.width": "0", "--objective.loss-scale": "inf", "--device": "gpu0"}
     for option, value in wrong.items():
@@ -122,3 +152,17 @@ def test_a_setting_out_of_its_limits_is_an_error(
         assert status in (1, 2)
         assert value in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stages_its_shards(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(epochs=1)
+    arguments = train_command(tiny, tmp_path / "run", config, "--loader-workers", "0")[3:]
+    stored = arguments.index("--shards") + 1
+    transfer.copy(str(tiny[0]), "memory://tiny")
+    arguments[stored] = "memory://tiny"
+    assert command.main(arguments) == 1
+    assert "memory://tiny is no folder, and training maps files: add --stage-to" in capsys.readouterr().err
+    assert command.main([*arguments, "--stage-to", str(tmp_path / "disk")]) == 0
+    assert files(tmp_path / "disk") == files(tiny[0]) | {".copying": b""}
+    made = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert made["shards_sha256"] == ShardSet(tiny[0]).sha256()

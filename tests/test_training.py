@@ -9,20 +9,22 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, make_shards, tiny_config
-from running import RUNTIME, Tiny, lines, start
+from running import RUNTIME, Tiny, assert_same_run, lines, start
 from torch.utils.data import default_collate
 
 from preprocess.manifest import Manifest
 from preprocess.schema import Settings
 from preprocess.shards import ShardSet
-from train import checkpoint, tasks
+from train import checkpoint, cost, loop, tasks
 from train.config import Config, Objective, Optimiser, Supervision
+from train.draws import Photometric
 from train.loop import train, update
 from train.model import PretrainingModel, build_model
 from train.optimiser import learning_rate, make_optimiser
@@ -138,7 +140,7 @@ def test_a_run_says_what_made_it(tiny: Tiny, undisturbed: Path) -> None:
     assert about["versions"]["torch"] == torch.__version__
     readable = json.loads((undisturbed / "checkpoint.json").read_text())
     assert readable["step"] == 18 and readable["epoch"] == 3
-    assert [line["step"] for line in lines(undisturbed)] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18]
+    assert [line["step"] for line in lines(undisturbed)] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
     own = ["context_loss", "context_accuracy", "motion_loss", "motion_accuracy"]
     for line in lines(undisturbed):
         assert list(line) == ["step", "epoch", "lr", "loss", *own, "gradient_norm"]
@@ -173,19 +175,48 @@ def test_real_videos_train(tmp_path: Path) -> None:
     assert last["step"] == len(paths) // 2 and math.isfinite(last["loss"])
 
 
+def test_it_saves_by_the_clock_and_where_an_epoch_is_kept(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step takes a minute; a line is every second step, an epoch six, the run eighteen."""
+    minutes, saved = 0.0, []
+
+    def step(*arguments: Any) -> dict[str, torch.Tensor]:
+        nonlocal minutes
+        minutes += 1
+        return update(*arguments)
+
+    def save(*arguments: Any) -> None:
+        saved.append(arguments[4])
+
+    monkeypatch.setattr(loop, "update", step)
+    monkeypatch.setattr(loop, "save", save)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 60 * minutes))
+    monkeypatch.setattr(cost, "seconds_at_peak", lambda *_: 3.0)  # a clip, as on a GPU that it knows
+    line = start(tiny, tmp_path, runtime=replace(RUNTIME, checkpoint_minutes=3, keep_epochs=(1,)))
+    assert saved == [4, 6, 10, 14, 18]
+    assert line["clips_per_second"] == pytest.approx(2 / 60) and line["mfu"] == pytest.approx(0.1)
+
+
+def test_recomputing_changes_nothing(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    """Bit for bit: weights, running statistics, metrics; tests/test_cost.py has what it saves."""
+    start(tiny, tmp_path, runtime=replace(RUNTIME, recompute=True))
+    assert_same_run(tmp_path, undisturbed)
+
+
 # ---- a step as the device sees it: nothing asks for a value and waits; compiled, it is the same
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        tiny_config(objective=Objective(alpha=0.5)),
+        *(tiny_config(objective=Objective(alpha)) for alpha in (0.0, 0.5, 1.0)),
         tiny_config(objective=Objective(motion_loss="mse")),
         tiny_config(objective=Objective(motion_loss="cross_entropy")),
         tiny_config("small-regularised"),
         tiny_config("small-regularised", supervision=Supervision("scratch", motion_weight=0.0)),
     ],
-    ids=["joint", "mse", "cross_entropy", "regularised", "labels"],
+    ids=["context", "joint", "motion", "mse", "cross_entropy", "regularised", "labels"],
 )
 def test_a_step_reads_nothing_back(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
     """On tensors without memory any .item(), .cpu(), bool(tensor) or shape that depends on values is an error; on a GPU
@@ -207,6 +238,16 @@ def test_a_step_reads_nothing_back(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, 
     ):
         with pytest.raises(RuntimeError, match=refusal):
             ask(loss)
+
+
+def test_a_step_is_one_graph(tiny: Tiny) -> None:
+    """Augmentation and networks, as dynamo traces them: with fullgraph, what would break the graph is an error."""
+    config = tiny_config(photometric=Photometric(still_removed_p=0.5))
+    task = make_task(config, ShardSet(tiny[0]), None)
+    model = build_model(config, 4).eval()
+    batch = default_collate([task.data[0, i] for i in range(4)])
+    whole = torch.compile(lambda b: model(*task.inputs(b)), backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(batch), model(*task.inputs(batch)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.soak  # half a minute to two of compilation

@@ -3,7 +3,8 @@
 Every number comes with the batch (`train.draws` draws it a sample), so results do not depend on the device's generator,
 and a sample's result does not depend on its neighbours. No operation waits for the device.
 
-Legend: B batch, T frames, W motion maps, h x w a stored frame, S the crop's side, rows x cols the motion grid.
+Legend: B batch, T frames, W motion maps, h x w a stored frame, S the crop's side, rows x cols the motion grid, D
+channels of a motion map.
 Boxes are (x0, y0, x1, y1) in fractions of the frame, float32 (B, 4); flips bool (B,), mirroring left and right inside
 the box. A clip and a motion window with the same box and flip stay aligned: the content of crop pixel (x, y) came from
 (x - dx, y - dy) of the previous frame's crop.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from kornia.color import rgb_to_grayscale
@@ -25,8 +25,9 @@ from kornia.enhance import (
 )
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
+from torch.nn import functional as F
 
-from preprocess.schema import INTRA, MACROBLOCK, QUARTERS
+from preprocess.schema import INTRA, MACROBLOCK, NO_RESIDUAL, QUARTERS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,19 +46,36 @@ def crop_motion(
 ) -> Tensor:
     """Cut one box out of all maps of a motion window and resample it to a square; see `resample`.
 
-    motion int16 (B, W, rows, cols, 2) as stored: quarter pixels of the encoded frame of `width` x `height`, one vector
-    a 16x16 macroblock, `INTRA` where there is none (read as zero). Returns float32 (B, 2, W, size, size): (dx, dy) in
-    pixels of the crop, dx negated where flipped, clamped to +-limit, over limit.
+    motion int (B, W, rows, cols, D) as stored, of 16x16 macroblocks: with D = 2 or 3, vectors in quarter pixels of the
+    encoded frame of `width` x `height`, `INTRA` where there is none (read as zero); with D = 1 or 3, last, the energy
+    of the residual, see `_known_energy`. Returns float32 (B, D, W, size, size), clamped to +-limit, over limit: (dx,
+    dy) in pixels of the crop, dx negated where flipped; the energy a pixel in grey levels.
     """
-    rows, cols = motion.shape[2:4]
-    vectors = motion.masked_fill(motion == INTRA, 0)
+    rows, cols, depth = motion.shape[2:]
+    vectors = motion[..., : depth - depth % 2]
+    maps = vectors.masked_fill(vectors == INTRA, 0)
+    if depth % 2:
+        maps = torch.cat([maps, _known_energy(motion[..., -1:], limit)], -1)
     covered = width / (MACROBLOCK * cols), height / (MACROBLOCK * rows)  # whole macroblocks overhang the frame
-    out = resample(vectors, box, flip, size, covered)  # (B, 2, W, S, S)
+    out = resample(maps, box, flip, size, covered)  # (B, D, W, S, S)
     zoom_x = size / ((box[:, 2] - box[:, 0]) * width)
     zoom_y = size / ((box[:, 3] - box[:, 1]) * height)
-    zoom = torch.stack([torch.where(flip, -zoom_x, zoom_x), zoom_y], 1) / QUARTERS  # (B, 2)
-    pixels = out * zoom[..., None, None, None]
-    return pixels.clamp(-limit, limit) / limit
+    scale = torch.stack([torch.where(flip, -zoom_x, zoom_x), zoom_y], 1) / QUARTERS  # (B, 2)
+    if depth % 2:
+        scale = F.pad(scale, (0, 1), value=1 / MACROBLOCK**2)[:, -depth:]  # (B, D)
+    values = out * scale[..., None, None, None]
+    return values.clamp(-limit, limit) / limit
+
+
+def _known_energy(energy: Tensor, limit: float) -> Tensor:
+    """Energies (B, W, rows, cols, 1) with numbers in place of `NO_RESIDUAL`.
+
+    What appears or vanishes is coded without a prediction: such a block counts as one of the highest energy that shows.
+    An I-frame has no other blocks, whatever it shows, and says nothing: zero, as its vectors are.
+    """
+    none = energy == NO_RESIDUAL
+    iframe = none.all((2, 3), keepdim=True)
+    return energy.masked_fill(none, round(limit * MACROBLOCK**2)).masked_fill(iframe, 0)
 
 
 def resample(maps: Tensor, box: Tensor, flip: Tensor, size: int, covered: tuple[float, float] = (1.0, 1.0)) -> Tensor:
@@ -110,12 +128,13 @@ def photometric(clip: Tensor, params: Tensor, taps: int = 13) -> Tensor:
     fixed: blur, brightness, contrast (about the clip's mean luma), saturation, hue, grey. A sample for which an
     operation was not drawn keeps its pixels through it, bit for bit.
 
-    With params on the CPU only the drawn samples are computed, which halves the work; a device that holds them computes
-    all samples and selects, since asking which were drawn would wait for it.
+    With params on the CPU only the drawn samples are computed, which halves the work; a device that holds them, and
+    compiled code, compute all samples and select, since asking which were drawn would wait for the device.
     """
     sigma, brightness, contrast, saturation, hue, grey = params.unbind(1)
     jittered = (brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0)
-    where = _only_drawn if params.device.type == "cpu" else _all_then_select
+    asking = params.device.type == "cpu" and not torch.compiler.is_compiling()
+    where = _only_drawn if asking else _all_then_select
     clip = where(sigma > 0, clip, lambda x, s: _blur(x, s, taps), sigma)
     clip = where(jittered, clip, _jitter, brightness, contrast, saturation, hue)
     return where(grey > 0, clip, _grey)
@@ -124,19 +143,15 @@ def photometric(clip: Tensor, params: Tensor, taps: int = 13) -> Tensor:
 def normalise(clip: Tensor) -> Tensor:
     """RGB in [0, 1], (B, 3, ...), to zero mean and unit deviation a channel, by ImageNet's statistics."""
     shape = (1, 3, *[1] * (clip.ndim - 2))
-    mean, std = _imagenet(clip.device)
-    return (clip - mean.view(shape)) / std.view(shape)
+    # Filled on the device, since a copy from the host waits for it.
+    channels = ([torch.full((), x, device=clip.device) for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.stack(each).view(shape) for each in channels)
+    return (clip - mean) / std
 
 
 def without_still(clip: Tensor, drawn: Tensor) -> Tensor:
     """Clips (B, 3, T, S, S), those that are drawn (B,) less their mean over time: what stands still becomes zero."""
     return torch.where(drawn.view(-1, 1, 1, 1, 1), clip - clip.mean(2, keepdim=True), clip)
-
-
-@cache
-def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation on the device; kept, because a copy from the host waits for it."""
-    return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
 
 
 def _all_then_select(drawn: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:

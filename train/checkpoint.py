@@ -55,7 +55,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint: tensors and plain values only, never code. Raises ValueError saying why it is refused."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist: has the run been started, and saved its first epoch?")
+        raise ValueError(f"{path} does not exist: has the run been started, and saved for the first time?")
     if not zipfile.is_zipfile(path):  # a zip file ends with its table of contents
         raise ValueError(f"{path} is truncated, or no checkpoint at all")
     with zipfile.ZipFile(path) as archive:  # torch checks no sums

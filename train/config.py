@@ -198,6 +198,12 @@ class Pretraining(Config):
 
     objective: Objective = field(default_factory=Objective)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        loss, motion = self.objective.motion_loss, self.sampling.motion
+        if loss != "infonce" and self.sampling.motion_channels != 2:
+            raise ValueError(f"motion_loss is {loss}, of vectors, but motion is {motion}; choose infonce, or vectors")
+
 
 @dataclass(frozen=True)
 class Finetuning(Config):
@@ -219,29 +225,34 @@ class Runtime:
 
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:1."""
-    loader_workers: int = 2
-    """Processes that decode samples, for each training process; 0 decodes in the training process itself."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision, for GPUs that have it."""
+    loader_workers: int | None = None
+    """Processes that decode samples, for each training process; 0 decodes in the training process itself; None: one a
+    core at hand but the training process's own, 8 at most."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: mixed precision; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
     compile: bool = False
-    """Compile the networks (a minute at the start, faster steps on a GPU)."""
+    """Compile the networks and the augmentation (minutes at the start, faster steps on a GPU)."""
+    recompute: bool = False
+    """Keep less memory: compute the M-Network's stem again in the backward pass, a few per cent more operations. What a
+    recipe takes with and without is in python -m train --list."""
     log_steps: int = 10
     """Steps a line of metrics."""
-    checkpoint_steps: int = 1000
-    """Steps between checkpoints; one is also saved after each epoch."""
+    checkpoint_minutes: float = 10.0
+    """From one checkpoint to the next, at a line of metrics; one is also saved where an epoch's weights are kept, at
+    the end, and at SIGTERM."""
     keep_epochs: tuple[int, ...] = ()
     """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50 120)."""
     watch_epochs: int | None = None
     """Epochs from one look at held-out videos (the manifest's test rows) to the next, while a run pretrains; 0: never;
     None: at as many and as often as takes under 3 % of the time, and at the end."""
-    tensorboard: bool = False
-    """Write metrics and pictures of augmented clips for TensorBoard into OUT/tensorboard (the extra 'watch')."""
+    watch: Literal["tensorboard", "wandb"] | None = None
+    """Tracker of metrics and of pictures of augmented clips: TensorBoard (in OUT/tensorboard) or Weights & Biases; each
+    is an extra of its name."""
 
     def __post_init__(self) -> None:
-        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_steps", 1)):
-            at_least(name, getattr(self, name), least)
-        if self.watch_epochs is not None:
-            at_least("watch_epochs", self.watch_epochs, 0)
+        for name, least in (("loader_workers", 0), ("log_steps", 1), ("checkpoint_minutes", 0), ("watch_epochs", 0)):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), least)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

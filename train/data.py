@@ -5,7 +5,8 @@ from (seed, epoch, video), so that a sample is the same whichever worker or rank
 after a restart. Cropping, flipping and colours are drawn here and applied on the device, by `train.augment`.
 
 Legend: B batch, T clip frames, W motion maps of a window, K negative windows, C clips of a video at evaluation,
-h x w a stored frame, H x W an encoded frame (an I-frame), rows x cols the motion grid, P photometric numbers.
+h x w a stored frame, H x W an encoded frame (an I-frame), rows x cols the motion grid, D channels of a motion map, P
+photometric numbers.
 Boxes are (x0, y0, x1, y1) in fractions of the frame, 0 at the left and top edge and 1 at the right and bottom.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from preprocess.shards import Shard, ShardSet
+from preprocess.shards import Shard, ShardSet, expect
 from train.draws import (
     Cropping,
+    Motion,
     Photometric,
     Sampling,
     at_least,
@@ -44,7 +46,28 @@ if TYPE_CHECKING:
 Modality = Literal["video", "iframe", "motion"]
 Sample = dict[str, Any]
 
+COLUMNS: dict[Motion, tuple[str, ...]] = {
+    "vectors": ("motion",),
+    "flow": ("flow",),
+    "vectors+residual": ("motion", "residual"),
+    "residual": ("residual",),
+}
+"""Of a shard, which make up its motion."""
 SHOWN = 5  # paths named in an error
+
+
+class Drawn(NamedTuple):
+    """A sample before anything is read; frames are numbered over the shard."""
+
+    shard: Shard
+    frames: np.ndarray
+    """Of the clip, (T,)."""
+    iframe: np.ndarray
+    """(1,), or (0,) where none is wanted."""
+    windows: np.ndarray
+    """First frames of the motion windows, (1+K,), the positive first; (0,) where there are none."""
+    sample: Sample
+    """What is not read from the shard."""
 
 
 class TrainingSet(Dataset[Sample]):
@@ -57,14 +80,15 @@ class TrainingSet(Dataset[Sample]):
     | clip_still_removed | bool | whether it loses its mean over time |
     | iframe | uint8 (H, W, 3) | an I-frame in or near the clip |
     | iframe_box, iframe_flip, iframe_photo | as for the clip | drawn apart from the clip's |
-    | motion | int16 (1+K, W, rows, cols, 2) | windows as stored, the positive first |
+    | motion | int16 or int32 (1+K, W, rows, cols, D) | windows as stored, the positive first; see `_maps` |
     | motion_box, motion_flip | float32 (1+K, 4), bool (1+K,) | the positive's are the clip's |
     | serves | bool | false where the video is too short for the windows, which are zeros then |
     | index, label | int | row of this data set; class number, -1 unknown |
 
     A video too short for its motion window beside the clip does not serve; one shorter than the clip repeats from its
-    start, as at evaluation. `failed` counts rows of the manifest that stage 1 could not store. Raises ValueError as
-    `select` does.
+    start, as at evaluation. `failed` counts rows of the manifest that stage 1 could not store. What is `unread`,
+    "iframe" or "motion", is drawn, so that the rest is what it would be, but neither read nor in the sample. Raises
+    ValueError as `select` does.
     """
 
     def __init__(
@@ -78,11 +102,12 @@ class TrainingSet(Dataset[Sample]):
         *,
         with_iframe: bool,
         with_motion: bool,
+        unread: Modality | None = None,
     ) -> None:
         if with_motion:
             _check_motion(shards, sampling)
         self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
-        self.seed, self.with_iframe, self.with_motion = seed, with_iframe, with_motion
+        self.seed, self.with_iframe, self.with_motion, self.unread = seed, with_iframe, with_motion, unread
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
         long = [largest_stride(f, sampling) > 0 for f in shards.frames[self.video].tolist()]
@@ -96,28 +121,40 @@ class TrainingSet(Dataset[Sample]):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
         """What torch's loader asks for: a batch. Decoding a clip pushes everything else out of the processor's caches,
-        which makes drawing four times as slow; so all are drawn first, then all decoded. Their pictures lie in one
-        array each, whose memory the allocator gets in huge pages or keeps; an array a clip would be paged in anew."""
+        which makes drawing four times as slow; so all are drawn first, then all decoded, and in between the disk is
+        asked for all that they read. Their pictures lie in one array each, whose memory the allocator gets in huge
+        pages or keeps; an array a clip would be paged in anew."""
         drawn = [self._draw(key) for key in keys]
+        self._expect(drawn)
+        if self.with_motion and self.unread != "motion":
+            for shard, *_, windows, sample in drawn:
+                sample["motion"] = _motion(shard, windows, self.sampling)
         stored, length = self.shards.settings, self.sampling.frames
         clips = np.empty((len(keys), length, stored.frame_height, stored.frame_width, 3), np.uint8)
-        iframes = np.empty((len(keys), int(self.with_iframe), stored.height, stored.width, 3), np.uint8)
-        for (shard, frames, near, sample), clip, pictures in zip(drawn, clips, iframes):
+        with_iframe = self.with_iframe and self.unread != "iframe"
+        iframes = np.empty((len(keys), int(with_iframe), stored.height, stored.width, 3), np.uint8)
+        for (shard, frames, near, _, sample), clip, pictures in zip(drawn, clips, iframes):
             sample["clip"] = decode_frames(shard, frames, clip)
-            if self.with_iframe:
-                (sample["iframe"],) = decode_iframes(shard, np.array([near]), pictures)
+            if with_iframe:
+                (sample["iframe"],) = decode_iframes(shard, near, pictures)
         return [sample for *_, sample in drawn]
 
     def windows(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """The positive motion windows of some samples, without their pictures: int16 (n, W, rows, cols, 2), and their
+        """The positive motion windows of some samples, without their pictures: int (n, W, rows, cols, D), and their
         boxes float32 (n, 4) and flips bool (n,)."""
-        drawn = [self._draw(key)[3] for key in keys]
-        found = (np.stack([sample[name][0] for sample in drawn]) for name in ("motion", "motion_box", "motion_flip"))
-        motion, boxes, flips = map(torch.from_numpy, found)
-        return motion, boxes, flips
+        drawn = [self._draw(key) for key in keys]
+        motion = [_motion(d.shard, d.windows[:1], self.sampling)[0] for d in drawn]
+        boxes, flips = (np.stack([d.sample[name][0] for d in drawn]) for name in ("motion_box", "motion_flip"))
+        return torch.from_numpy(np.stack(motion)), torch.from_numpy(boxes), torch.from_numpy(flips)
 
-    def _draw(self, key: tuple[int, int]) -> tuple[Shard, np.ndarray, int, Sample]:
-        """(shard, the clip's frames (T,), its I-frame, the sample without them), both numbered over the shard."""
+    def _expect(self, drawn: list[Drawn]) -> None:
+        for shard, frames, near, windows, _ in drawn:
+            shard.expect("frames", frames)
+            shard.expect("iframes", near)
+            for column in _columns(shard, self.sampling) if len(windows) else ():
+                expect(column, windows, windows + self.sampling.motion_frames)
+
+    def _draw(self, key: tuple[int, int]) -> Drawn:
         epoch, index = key
         s, rng = self.sampling, _generator(self.seed, epoch, index)
         shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
@@ -125,10 +162,10 @@ class TrainingSet(Dataset[Sample]):
             start, stride, window = draw_clip(rng, frames, s)
         else:
             start, stride = int(rng.integers(max(frames - s.span(s.stride), 0) + 1)), s.stride
-        near = 0
+        near, windows = [], []
         if self.with_iframe:
             last = start + s.span(stride) - 1
-            near = first_iframe + draw_iframe(rng, iframes, start, last, s.iframe_reach)
+            near = [first_iframe + draw_iframe(rng, iframes, start, last, s.iframe_reach)]
         sample: Sample = {"index": int(index), "label": int(self.label[index])} | self._view(rng, "clip")
         if self.with_iframe:
             sample |= self._view(rng, "iframe")
@@ -137,14 +174,17 @@ class TrainingSet(Dataset[Sample]):
             boxes = [sample["clip_box"], *(self._box(rng) for _ in range(s.negatives))]
             flips = [sample["clip_flip"], *(rng.random(s.negatives) < self.cropping.flip)]
             sample |= {
-                "motion": _motion(shard, first, windows, s),
                 "motion_box": np.stack(boxes),
                 "motion_flip": np.array(flips),
                 "serves": bool(self.serves[index]),
             }
         # Last, so that it shifts no other draw.
         sample["clip_still_removed"] = bool(rng.random() < self.photometric.still_removed_p)
-        return shard, first + (start + stride * np.arange(s.frames)) % frames, near, sample
+        clip = first + (start + stride * np.arange(s.frames)) % frames
+        if self.unread:
+            sample = {key: value for key, value in sample.items() if not key.startswith(self.unread)}
+            near, windows = ([], windows) if self.unread == "iframe" else (near, [])
+        return Drawn(shard, clip, np.array(near, int), first + np.array(windows, int), sample)
 
     def _view(self, rng: np.random.Generator, of: str) -> Sample:
         return {
@@ -171,8 +211,10 @@ class PretrainSet(TrainingSet):
         cropping: Cropping,
         photometric: Photometric,
         seed: int = 0,
+        unread: Modality | None = None,
     ) -> None:
-        super().__init__(shards, manifest, sampling, cropping, photometric, seed, with_iframe=True, with_motion=True)
+        views = (cropping, photometric)
+        super().__init__(shards, manifest, sampling, *views, seed, with_iframe=True, with_motion=True, unread=unread)
         if not self.serves.any():
             raise ValueError(
                 f"none of {len(self)} videos has the {sampling.needed(1)} frames that a clip at stride 1 and its "
@@ -219,7 +261,7 @@ class ClipSet(Dataset[Sample]):
     |---|---|---|---|
     | video | clips | uint8 (C, T, h, w, 3) | its frames |
     | iframe | iframes | uint8 (C, H, W, 3) | the I-frame nearest its centre, the earlier of two as near |
-    | motion | motion | int16 (C, W, rows, cols, 2) | the maps around its centre, as stored |
+    | motion | motion | int16 or int32 (C, W, rows, cols, D) | the maps around its centre, as stored |
 
     With `index` and `label` as in `TrainingSet`. A video shorter than the clip repeats from its start.
     """
@@ -251,13 +293,14 @@ class ClipSet(Dataset[Sample]):
         sample: Sample = {"index": int(index), "label": int(self.label[index])}
         if self.modality == "video":
             numbers = (starts[:, None] + s.stride * np.arange(s.frames)) % frames  # (C, T)
+            shard.expect("frames", first + numbers.ravel())
             decoded = decode_frames(shard, first + numbers.ravel())
             return sample | {"clips": decoded.reshape(*numbers.shape, *decoded.shape[1:])}
         if self.modality == "iframe":
             chosen = [nearest(iframes, centre) for centre in ((starts + span // 2) % frames).tolist()]
             return sample | {"iframes": decode_iframes(shard, first_iframe + np.array(chosen))}
         windows = starts[:, None] + (span - s.motion_frames) // 2 + np.arange(s.motion_frames)  # (C, W)
-        return sample | {"motion": _maps(shard, s)[first + windows % frames]}
+        return sample | {"motion": _maps(shard, s, first + windows % frames)}
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -364,24 +407,34 @@ def _decode(
     return out
 
 
-def _motion(shard: Shard, first: int, windows: list[int], s: Sampling) -> np.ndarray:
-    """Motion windows of the video whose first frame is `first`, int16 (1+K, W, rows, cols, 2); of no windows, zeros."""
-    maps = _maps(shard, s)
-    if not windows:
-        return np.zeros((1 + s.negatives, s.motion_frames, *maps.shape[1:]), maps.dtype)
-    return np.stack([maps[first + w : first + w + s.motion_frames] for w in windows])
+def _motion(shard: Shard, windows: np.ndarray, s: Sampling) -> np.ndarray:
+    """Motion from each first frame on, (1+K, W, rows, cols, D); of no windows, zeros."""
+    if not len(windows):
+        none = _maps(shard, s, slice(0))
+        return np.zeros((1 + s.negatives, s.motion_frames, *none.shape[1:]), none.dtype)
+    return np.stack([_maps(shard, s, slice(w, w + s.motion_frames)) for w in windows.tolist()])
 
 
-def _maps(shard: Shard, sampling: Sampling) -> np.ndarray:
-    """Motion of every frame, int16 (F, rows, cols, 2): the stream's vectors, or its optical flow (table 4)."""
-    return shard.flow if sampling.motion == "flow" else shard.motion
+def _maps(shard: Shard, sampling: Sampling, frames: slice | np.ndarray) -> np.ndarray:
+    """Motion of some frames (...), as stored: (..., rows, cols, D).
+
+    The stream's vectors or its optical flow, int16 with D = 2; int32 with the energy of the residual as a third channel
+    or alone.
+    """
+    columns = [c[frames] if c.ndim == 4 else c[frames][..., None].astype(np.int32) for c in _columns(shard, sampling)]
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, -1)
+
+
+def _columns(shard: Shard, sampling: Sampling) -> list[np.ndarray]:
+    """What `_maps` reads: vectors (F, rows, cols, 2), energies (F, rows, cols)."""
+    return [getattr(shard, name) for name in COLUMNS[sampling.motion]]
 
 
 def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
-    """Raise ValueError where the shards do not have what `_maps` gives."""
+    """Raise ValueError where the shards do not have what `_columns` gives."""
     try:
         for shard in shards.shards:
-            _maps(shard, sampling)
+            _columns(shard, sampling)
     except ValueError as error:
         raise ValueError(f"motion is {sampling.motion}, but {error}, or choose motion=vectors") from error
 

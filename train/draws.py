@@ -18,7 +18,8 @@ import numpy as np
 from preprocess.command import at_least
 
 Period = Literal["future", "current"]
-Motion = Literal["vectors", "flow"]
+Motion = Literal["vectors", "flow", "vectors+residual", "residual"]
+MOTION_CHANNELS: dict[Motion, int] = {"vectors": 2, "flow": 2, "vectors+residual": 3, "residual": 1}
 Generator = np.random.Generator
 
 BEFORE = "before"
@@ -42,7 +43,8 @@ class Sampling:
     period: Period = "future"
     """Motion to be predicted: after the clip, or in its middle (table 1)."""
     motion: Motion = "vectors"
-    """What is predicted: the stream's motion vectors, or TV-L1 optical flow where the shards hold it (table 4)."""
+    """What is predicted: the stream's motion vectors, or what else of it lies beside the shards: TV-L1 optical flow
+    (table 4), the energy of the residuals, or vectors and energy (the paper's section 5)."""
     negatives: int = 3
     """Further motion windows of the same video, none of which overlaps the positive one."""
     iframe_reach: int = 5
@@ -54,7 +56,11 @@ class Sampling:
         for name in ("gap", "negatives", "iframe_reach"):
             at_least(name, getattr(self, name), 0)
         one_of("period", self.period, ("future", "current"))
-        one_of("motion", self.motion, ("vectors", "flow"))
+        one_of("motion", self.motion, tuple(MOTION_CHANNELS))
+
+    @property
+    def motion_channels(self) -> int:
+        return MOTION_CHANNELS[self.motion]
 
     def span(self, stride: int) -> int:
         """Frames from a clip's first to its last, both counted."""

@@ -71,7 +71,7 @@ class HeldOut:
         return {f"heldout_{name}": value for name, value in found.items()}
 
     @torch.no_grad()
-    def _recall(self, model: Model, workers: int, device: torch.device) -> float:
+    def _recall(self, model: Model, workers: int | None, device: torch.device) -> float:
         """R@1: the share of labelled held-out videos whose nearest training video, by cosine of the pooled shared map,
         has their label."""
         config, settings, total = self.task.config, self.clips.shards.settings, len(self.clips)

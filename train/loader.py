@@ -14,16 +14,27 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+MOST = 8  # one decodes some 350 clips a second; eight keep up with any GPU, and hold two batches each
 
-def make_loader(data: Dataset[Any], workers: int, device: torch.device, **batches: Any) -> DataLoader[Any]:
-    """Batches of `data`, decoded by so many processes (0: this one), for a device; `batches` says what a batch is."""
+
+def make_loader(data: Dataset[Any], workers: int | None, device: torch.device, **batches: Any) -> DataLoader[Any]:
+    """Batches of `data`, decoded by so many processes (0: this one; None: `usual_workers()`), for a device; `batches`
+    says what a batch is."""
     return DataLoader(
         data,
-        num_workers=workers,
+        num_workers=usual_workers() if workers is None else workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=heed_only_parent,
         **batches,
     )
+
+
+def usual_workers() -> int:
+    """This process's share of the cores at hand, among those that torchrun started on the machine, less the one that
+    trains; 1 to `MOST`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share - 1, 1), MOST)
 
 
 def heed_only_parent(_: int) -> None:

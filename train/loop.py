@@ -7,21 +7,28 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
-from train import checkpoint, distributed, metrics, runs
+from train import checkpoint, cost, distributed, metrics, runs
 from train.config import Config, Runtime
 from train.data import EpochSampler
-from train.device import channels_last, choose_device
+from train.device import (
+    ToDevice,
+    allow_fast_kernels,
+    channels_last,
+    check_compiler,
+    choose_device,
+    choose_precision,
+)
 from train.heldout import hold_out
 from train.loader import explaining_workers, make_loader
 from train.model import build_model
@@ -38,17 +45,19 @@ class Terminated(Exception):
 def leaving_cleanly() -> Iterator[None]:
     """However a run ends, leave the process group and give SIGTERM back; errors of a loader's worker in one line."""
     before = signal.getsignal(signal.SIGTERM)
+    failure: BaseException | None = None
     try:
         with explaining_workers():
             yield
     except BaseException as error:
+        failure = None if isinstance(error, Terminated) else error
         # Else the traceback keeps the network, which holds on to the process group: gloo's is then taken apart later,
         # while this thread holds the interpreter's lock for which gloo's own thread, which it waits for, is waiting.
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        distributed.stop()
+        distributed.stop(failure)
 
 
 @leaving_cleanly()
@@ -70,15 +79,18 @@ def train(
     finite (the last good checkpoint stays), OSError where saving fails (likewise), Terminated after SIGTERM.
     """
     device = distributed.start(torch.device(choose_device(runtime.device)))
+    runtime = replace(runtime, precision=choose_precision(runtime.precision, device))
     rank, ranks = distributed.rank(), distributed.world_size()
     main = rank == 0
-    torch.backends.cudnn.benchmark = True
+    allow_fast_kernels(device)
+    if runtime.compile:
+        check_compiler(device)
     shard_set = ShardSet(shards)
     task = make_task(config, shard_set, manifest)
     sampler = EpochSampler(len(task.data), config.batch_size, rank, ranks, config.seed)
     total = config.epochs * sampler.steps
     torch.manual_seed(config.seed)
-    model = build_model(config, len(shard_set.classes)).to(device)
+    model = build_model(config, len(shard_set.classes), runtime.recompute).to(device)
     begin_from(origin.pretrained, config, model)
     held = runs.hold(out) if main else None  # closed, and so let go, when this function ends
     runs.claim(out, config, manifest, shard_set, origin, write=main)
@@ -89,33 +101,36 @@ def train(
     if step == 0:
         task.begin(model)
     batches = iter(make_loader(task.data, runtime.loader_workers, device, batch_sampler=sampler.between(step, total)))
-    network: nn.Module = torch.compile(model) if runtime.compile else model  # type: ignore[assignment]
-    if ranks > 1:
-        network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+    compiled: nn.Module = torch.compile(model) if runtime.compile else model  # type: ignore[assignment]
+    network = distributed.data_parallel(compiled, device)
     network.train()
+    prepare = torch.compile(task.inputs) if runtime.compile else task.inputs
+    to_device = ToDevice(device)
     line: dict[str, Any] = {}
     seen: dict[str, float] = {}  # of held-out videos, the last time
     apart = hold_out(config, runtime, shard_set, manifest, held_out, sampler.steps * config.batch_size)
     watch = None
+    at_peak = cost.seconds_at_peak(config, device, runtime.precision)
     if main:
         announce(task, sampler, model, device, step, total)
         if apart and step < total:
             print(apart)
         log = metrics.Metrics(out / "metrics.jsonl", step)
         line = log.last
-        if runtime.tensorboard:
+        if runtime.watch:
             from train.watch import Watch  # an extra
 
-            watch = Watch(out, step)
+            watch = Watch(runtime.watch, out, step)
     stop = distributed.Flag(signal.SIGTERM)
     waited, since, first = 0.0, time.monotonic(), step
+    saved = since
     with tqdm(total=total, initial=step, unit="step", disable=None if main else True) as bar:
         while step < total:
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            inputs = task.inputs(batch)
+            batch = to_device(batch)
+            inputs = prepare(batch)
             if watch and step % sampler.steps == 0:
                 watch.clips(step + 1, inputs)
             torch.manual_seed(step_seed(config.seed, step, rank))  # dropout
@@ -124,10 +139,12 @@ def train(
             step += 1
             bar.update()
             end_of_epoch = step % sampler.steps == 0
-            saving = end_of_epoch or step % runtime.checkpoint_steps == 0
-            writing = saving or step % runtime.log_steps == 0
-            # One process looks for SIGTERM after every step. Several must leave together: they ask at every line.
-            terminated = stop.raised if ranks == 1 else writing and stop.raised_anywhere(device)
+            kept = end_of_epoch and step // sampler.steps in runtime.keep_epochs
+            writing = end_of_epoch or step % runtime.log_steps == 0
+            # One process looks for SIGTERM after every step. Several leave and save together: they ask at every line.
+            terminated, due = stop.raised, main and time.monotonic() - saved >= 60 * runtime.checkpoint_minutes
+            if ranks > 1:
+                terminated, due = distributed.anywhere(device, terminated, due) if writing else (False, False)
             if not (writing or terminated):
                 continue
             # The only place that waits for the device, and always before a checkpoint replaces a good one.
@@ -139,6 +156,8 @@ def train(
                 line |= {name: float(each.mean()) for name, each in values.items()}
                 line["clips_per_second"] = (step - first) * config.batch_size / elapsed
                 line["waiting"] = waited / elapsed
+                if at_peak:
+                    line["mfu"] = line["clips_per_second"] * at_peak / ranks
                 pending = []
                 if apart and end_of_epoch and apart.due(step // sampler.steps):
                     seen = apart.measure(model, runtime, device)
@@ -151,11 +170,11 @@ def train(
                     bar.set_postfix_str(metrics.dense(seen | line))
                     if bar.disable and end_of_epoch:  # not a terminal: a line an epoch for the log
                         print(metrics.dense(line), flush=True)
-            if saving or terminated:
+            if due or kept or terminated or step == total:
                 checkpoint.check_finite(model, step)
                 if main:
-                    kept = end_of_epoch and step // sampler.steps in runtime.keep_epochs
                     save(out, config, model, optimiser, step, step / sampler.steps, pending, kept)
+                saved = time.monotonic()
             if terminated and step < total:
                 raise Terminated(f"saved at step {step} of {total}; the same command goes on from there")
             if writing:
@@ -194,17 +213,29 @@ def resume(
 ) -> tuple[int, list[dict[str, Tensor]]]:
     """Put a checkpoint, where there is one, into the model and the optimiser: (steps done, numbers not yet in a line).
 
-    Raises ValueError where it is another run's, or damaged.
+    The first process says whether there is one. ValueError, in all processes, where it is another run's or damaged, or
+    where they do not see the same one.
     """
-    if not saved.exists():
+    if not distributed.together(saved.exists)[0]:
         return 0, []
-    state = checkpoint.load(saved, next(model.parameters()).device)
-    runs.refuse_another(saved.parent, Config.from_json(state["config"]), config)
-    checkpoint.load_weights(model, state["model"], saved)
-    checkpoint.load_optimiser(optimiser, state, saved)
-    if not 0 <= state["step"] <= total:
-        raise ValueError(f"{saved} is of step {state['step']}, and the run has {total}: it is damaged")
-    return state["step"], state["pending"]
+    pending = []
+
+    def restore() -> int:
+        if not saved.exists():
+            raise ValueError(f"{saved} is not here, but where process 0 is: --out must be a folder that all share")
+        state = checkpoint.load(saved, next(model.parameters()).device)
+        runs.refuse_another(saved.parent, Config.from_json(state["config"]), config)
+        checkpoint.load_weights(model, state["model"], saved)
+        checkpoint.load_optimiser(optimiser, state, saved)
+        if not 0 <= state["step"] <= total:
+            raise ValueError(f"{saved} is of step {state['step']}, and the run has {total}: it is damaged")
+        pending.extend(state["pending"])
+        return state["step"]
+
+    steps = distributed.together(restore)
+    if len(set(steps)) > 1:
+        raise ValueError(f"{saved} is of the steps {steps} as processes see it: --out must be a folder that all share")
+    return steps[0], pending
 
 
 def save(

@@ -76,5 +76,5 @@ def dense(line: Mapping[str, float]) -> str:
         tasks.append(f"held out R@1 {100 * line['heldout_recall']:.0f} %")
     return (
         f"epoch {line['epoch']:.1f}, {', '.join(tasks)}, lr {line['lr']:.2g}, {line['clips_per_second']:.1f} clips/s, "
-        f"waiting {100 * line['waiting']:.0f} %"
+        f"waiting {100 * line['waiting']:.0f} %" + (f", MFU {100 * line['mfu']:.0f} %" if "mfu" in line else "")
     )

@@ -1,6 +1,7 @@
 """The networks of one run: joined as in figure 2 to pretrain, or with a classifier to train with labels.
 
-Shapes: B videos, K negative windows, W maps a window, S and M pixels, N = T3 H3 W3 motion points, C embedding width.
+Shapes: B videos, K negative windows, W maps a window, S and M pixels, D channels of a motion map, N = T3 H3 W3
+motion points, C embedding width.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class MotionPrediction(nn.Module):
     def __init__(self, config: Config, video: VideoNetwork, loss: MotionLoss = "infonce", bins: int = 0) -> None:
         super().__init__()
         n, s = config.networks, config.sampling
-        network = r3d10(in_channels=2, width=n.motion_width, stem_stride=1)
+        network = r3d10(in_channels=s.motion_channels, width=n.motion_width, stem_stride=1)
         self.loss_name, self.grid = loss, network.grid(s.motion_frames, config.motion_size, config.motion_size)
         self.predictor = build_predictor(
             n.predictor,
@@ -86,16 +87,22 @@ class MotionPrediction(nn.Module):
                 nn.Linear(n.head_hidden, outputs),
             )
 
-    def forward(self, features: Tensor, motion: Tensor) -> Points:
-        """features (B, C1, T1, H1, W1), motion (B, 1+K, 2, W, M, M) with the positive window first."""
-        predicted = self.predicted_head(flatten_points(self.predictor(features)))  # (B N, C)
+    def targets(self, motion: Tensor) -> tuple[Tensor, Tensor | None]:
+        """motion (B, 1+K, D, W, M, M) with the positive window first -> targets and negatives as `Points` has them.
+
+        To be called before anything else of a model: what is computed first has its backward pass last. The M-Network's
+        takes the most memory, which is free once all else has had its own.
+        """
         if self.loss_name != "infonce":
             targets = motion_targets(motion[:, 0], self.grid)  # (B N, 2)
-            scaled = self.scale.standardised if self.loss_name == "mse" else self.scale.classes
-            return Points(predicted, scaled(targets), None)
+            return (self.scale.standardised if self.loss_name == "mse" else self.scale.classes)(targets), None
         points = flatten_points(self.network(motion.flatten(0, 1)))  # (B (1+K) N, C3)
         embedded = self.target_head(points).unflatten(0, (*motion.shape[:2], -1))  # (B, 1+K, N, C)
-        return Points(predicted, embedded[:, 0].flatten(0, 1), embedded[:, 1:].flatten(0, 2))
+        return embedded[:, 0].flatten(0, 1), embedded[:, 1:].flatten(0, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps (B, C1, T1, H1, W1) of the V-Network -> predicted points (B N, C)."""
+        return self.predicted_head(flatten_points(self.predictor(features)))
 
 
 class PretrainingModel(nn.Module):
@@ -117,14 +124,15 @@ class PretrainingModel(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, Points | None]:
         """Embeddings (B, C) of clips and I-frames, of unit length, and the motion points; None where not asked for.
 
-        clip (B, 3, T, S, S), iframe (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M) with the positive window first.
+        clip (B, 3, T, S, S), iframe (B, 3, 1, S, S), motion (B, 1+K, D, W, M, M) with the positive window first.
         """
+        targets = None if motion is None else self.motion.targets(motion)
         features = self.video.forward_pretrain(clip)  # (B, C1, T1, H1, W1)
         clips = iframes = None
         if iframe is not None:
             clips = self.clip_head(features.mean((2, 3, 4)))  # (B, C)
             iframes = self.iframe_head(self.iframe(iframe).mean((2, 3, 4)))  # (B, C)
-        return clips, iframes, None if motion is None else self.motion(features, motion)
+        return clips, iframes, None if targets is None else Points(self.motion(features), *targets)
 
 
 class FinetuningModel(nn.Module):
@@ -143,8 +151,9 @@ class FinetuningModel(nn.Module):
         """clip (B, 3, T, S, S) -> class scores (B, classes), and the motion points where motion is given."""
         if motion is None:
             return self.classify(self.video(clip)), None
+        targets = self.motion.targets(motion)
         plain, shared = self.video.forward_both(clip)
-        return self.classify(plain), self.motion(shared, motion)
+        return self.classify(plain), Points(self.motion(shared), *targets)
 
     def classify(self, maps: Tensor) -> Tensor:
         """Maps (B, C1, T1, H1, W1) of the V-Network -> scores before the softmax, float32 (B, classes)."""
@@ -153,9 +162,15 @@ class FinetuningModel(nn.Module):
             return self.classifier(pooled)
 
 
-def build_model(config: Config, classes: int) -> PretrainingModel | FinetuningModel:
-    """The model that a configuration trains; `classes` counts those of the shards."""
+def build_model(config: Config, classes: int, recompute: bool = False) -> PretrainingModel | FinetuningModel:
+    """The model that a configuration trains; `classes` counts those of the shards. `recompute`: what the M-Network's
+    stem computes is not kept for the backward pass, but computed again."""
     if isinstance(config, Pretraining):
-        return PretrainingModel(config)
-    assert isinstance(config, Finetuning)
-    return FinetuningModel(config, classes)
+        model: PretrainingModel | FinetuningModel = PretrainingModel(config)
+    else:
+        assert isinstance(config, Finetuning)
+        model = FinetuningModel(config, classes)
+    for part in model.modules():
+        if isinstance(part, MotionPrediction) and part.loss_name == "infonce":
+            part.network.recompute_stem = recompute
+    return model

@@ -33,7 +33,7 @@ def prepare(raw: Tensor, network: Modality, config: Config, settings: Settings) 
     box = augment.fixed_box(width, height).to(raw.device).expand(len(raw), 4)
     flip = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
     if network == "motion":
-        return augment.crop_motion(raw, box, flip, config.motion_size, width, height)  # (n, 2, W, M, M)
+        return augment.crop_motion(raw, box, flip, config.motion_size, width, height)  # (n, D, W, M, M)
     frames = raw[:, None] if network == "iframe" else raw
     return augment.normalise(augment.crop(frames, box, flip, config.size))  # (n, 3, T, S, S)
 

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import torch
+
 from preprocess.files import LEFT, write_text
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
@@ -101,7 +103,7 @@ def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, origi
             **made_from,
             "commit": git_commit(),
             "command": " ".join(sys.argv),
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": {name: version(name) for name in LIBRARIES} | {"cudnn": torch.backends.cudnn.version()},
             "python": platform.python_version(),
         }
         write_text(path, json.dumps(values, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """What a run optimises: its data, what the network takes of a batch, and the loss; the loop knows no more of it.
 
-Shapes: B videos, K negative windows, W maps a window, T frames, S and M pixels of clips and of motion maps.
+Shapes: B videos, K negative windows, W maps a window, T frames, S and M pixels of clips and of motion maps, D
+channels of the latter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from preprocess.schema import Settings
 from preprocess.shards import ShardSet
 from train import augment
 from train.config import Config, Finetuning, Pretraining
-from train.data import EpochSampler, FinetuneSet, PretrainSet
+from train.data import EpochSampler, FinetuneSet, Modality, PretrainSet
 from train.objectives import Loss, context_matching, joint, motion_loss, motion_targets
 
 Batch = dict[str, Tensor]
@@ -26,6 +27,7 @@ Found = dict[str, Tensor]
 """The parts of a loss by name, each a mean over the batch: motion_loss, motion_accuracy, ..."""
 
 
+UNREAD: dict[float, Modality] = {0.0: "motion", 1.0: "iframe"}  # by alpha, where one task is all there is
 WINDOWS, CHUNK = 2048, 64  # motion windows that the scale of their vectors is taken of, and so many at a time
 
 
@@ -36,7 +38,8 @@ class PretrainingTask:
         c = config
         at_least("batch_size", c.batch_size, 2)  # a clip is told from others of the batch
         self.config, self.settings = config, shards.settings
-        self.data = PretrainSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed)
+        unread = UNREAD.get(c.objective.alpha)
+        self.data = PretrainSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, unread)
         self.left_out = f"{self.data.dropped} too short"
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -123,7 +126,7 @@ def named(task: str, loss: Loss) -> Found:
 
 @torch.no_grad()
 def prepare(batch: Batch, config: Config, settings: Settings, with_iframe: bool, with_motion: bool) -> Inputs:
-    """Clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion (B, 1+K, 2, W, M, M); None where not wanted."""
+    """Clip (B, 3, T, S, S), I-frame (B, 3, 1, S, S), motion (B, 1+K, D, W, M, M); None where not wanted."""
 
     def coloured(frames: Tensor, of: str) -> Tensor:
         pixels = augment.crop(frames, batch[f"{of}_box"], batch[f"{of}_flip"], config.size)

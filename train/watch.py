@@ -1,13 +1,17 @@
-"""TensorBoard of a run, on request: its metrics, and what the first batch of an epoch looks like after augmentation.
+"""A tracker of a run, on request: its metrics, and what the first batch of an epoch looks like after augmentation.
 
-    python -m train RECIPE … --tensorboard
-    tensorboard --logdir RUN
+    python -m train RECIPE … --watch tensorboard        then: tensorboard --logdir RUN
+    python -m train RECIPE … --watch wandb              Weights & Biases; WANDB_PROJECT, WANDB_MODE=offline and so on
 
-Values are written where the loop has them on the host anyway; pictures fetch a few clips once an epoch.
+Values are those of metrics.jsonl, written where the loop has them on the host anyway; pictures fetch a few clips once
+an epoch.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,52 +20,116 @@ import torch
 from torch import Tensor
 
 from preprocess.draw import colour_wheel
+from preprocess.files import write_text
+from train import runs
 from train.augment import IMAGENET_MEAN, IMAGENET_STD
 
 SAMPLES, MOMENTS = 4, 4  # rows of the picture; frames, and motion maps, of a row
 FULL_COLOUR = 0.5  # of motion maps, which hold tens of pixels
 
 
-class Watch:
-    """Event files in the folder of a run.
-
-    A run that goes on at `step` drops what was written of later steps, since those steps run again. Raises ValueError
-    where the package is missing.
-    """
+class TensorBoard:
+    """Event files in OUT/tensorboard. A run that goes on at `step` drops what was written of later steps."""
 
     def __init__(self, out: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"--tensorboard needs a package that is missing ({error.name}): pip install '.[train,watch]', or leave "
-                "the flag out"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
-    def metrics(self, line: Mapping[str, float]) -> None:
-        """A line of metrics as scalars: loss/motion, accuracy/motion, lr, clips_per_second, waiting, …"""
-        for name, value in line.items():
-            if name != "step":
-                what, _, kind = name.rpartition("_")
-                tag = f"{kind}/{what}" if kind in ("loss", "accuracy") and what else name
-                self.writer.add_scalar(tag, value, int(line["step"]))
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
         self.writer.flush()
 
-    def clips(self, step: int, inputs: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
-        """What the model takes in this step, drawn by `picture`."""
-        clip, _, motion = inputs
-        self.writer.add_image("clips", picture(clip, None if motion is None else motion[:, 0]), step, dataformats="HWC")
+    def image(self, tag: str, rgb: np.ndarray, step: int) -> None:
+        self.writer.add_image(tag, rgb, step, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
 
 
-def picture(clip: Tensor, motion: Tensor | None) -> np.ndarray:
-    """A row a sample: frames, and beside them the maps of the motion window to predict, in the colours of motion.
+class WeightsAndBiases:
+    """A run of Weights & Biases, whose files lie in OUT/wandb; one that goes on is the same run there.
 
-    clip (B, 3, T, S, S), normalised; motion (B, 2, W, M, M) in tens of pixels. Returns uint8 RGB, S pixels a cell.
+    Steps that run again give the same numbers, and it keeps the first. Offline nothing is known of an earlier part, so
+    that this one tells all of metrics.jsonl: its folder alone is to be synchronised.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        import wandb
+
+        self.image_type, name = wandb.Image, out / "wandb" / "id"
+        if not name.exists():
+            write_text(name, uuid.uuid4().hex[:8])
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "context-motion"),
+            dir=out,
+            id=name.read_text(),
+            name=out.resolve().name,
+            config=runs.read(out),
+            resume="allow",
+            settings=wandb.Settings(console="off"),
+        )
+        for text in (out / "metrics.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            self.scalars(tagged(line), line["step"])
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if step >= self.run.step:
+            self.run.log(dict(values), step=step, commit=True)
+
+    def image(self, tag: str, rgb: np.ndarray, step: int) -> None:
+        if step >= self.run.step:
+            self.run.log({tag: self.image_type(rgb)}, step=step)  # with the scalars of this step or the next ones
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKERS: dict[str, type[TensorBoard | WeightsAndBiases]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+class Watch:
+    """A tracker of a run that begins, or goes on, at `step`. Raises ValueError where its package is missing."""
+
+    def __init__(self, tracker: str, out: Path, step: int) -> None:
+        try:
+            self.to = TRACKERS[tracker](out, step)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"--watch {tracker} needs a package that is missing ({error.name}): pip install '.[train,{tracker}]', "
+                "or leave the flag out"
+            ) from error
+
+    def metrics(self, line: Mapping[str, float]) -> None:
+        self.to.scalars(tagged(line), int(line["step"]))
+
+    def clips(self, step: int, inputs: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        """What the model takes in this step, drawn by `picture`."""
+        clip, _, motion = inputs
+        self.to.image("clips", picture(clip, None if motion is None else motion[:, 0]), step)
+
+    def close(self) -> None:
+        self.to.close()
+
+
+def tagged(line: Mapping[str, float]) -> dict[str, float]:
+    """A line of metrics by the names that trackers group: loss/motion, accuracy/motion, lr, clips_per_second, …"""
+    values = {}
+    for name, value in line.items():
+        if name != "step":
+            what, _, kind = name.rpartition("_")
+            values[f"{kind}/{what}" if kind in ("loss", "accuracy") and what else name] = value
+    return values
+
+
+def picture(clip: Tensor, motion: Tensor | None) -> np.ndarray:
+    """A row a sample: frames, and beside them the maps of the motion window to predict: vectors in the colours of
+    motion, the energy of residuals in grey.
+
+    clip (B, 3, T, S, S), normalised; motion (B, D, W, M, M) in tens of pixels, and of grey levels. Returns uint8 RGB, S
+    pixels a cell.
     """
     shown = clip[:SAMPLES, :, _spread(clip.shape[2])].float().cpu()  # (b, 3, t, S, S)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
@@ -69,8 +137,11 @@ def picture(clip: Tensor, motion: Tensor | None) -> np.ndarray:
     columns = [frames]
     if motion is not None:
         maps = motion[:SAMPLES, :, _spread(motion.shape[2])].float().cpu().permute(0, 2, 3, 4, 1).numpy()
-        place = np.arange(clip.shape[-1]) * maps.shape[2] // clip.shape[-1]  # the nearest vector of each pixel
-        columns.append(colour_wheel(maps, FULL_COLOUR)[:, :, place[:, None], place])  # (b, w, S, S, 3)
+        place = np.arange(clip.shape[-1]) * maps.shape[2] // clip.shape[-1]  # the nearest block of each pixel
+        depth = maps.shape[-1]
+        vectors = [colour_wheel(maps[..., :2], FULL_COLOUR)] if depth > 1 else []
+        energies = [np.rint(255 * maps[..., -1:]).astype(np.uint8).repeat(3, -1)] if depth % 2 else []
+        columns += [each[:, :, place[:, None], place] for each in vectors + energies]  # (b, w, S, S, 3)
     grid = np.concatenate(columns, 1)
     b, n, side = grid.shape[:3]
     return grid.transpose(0, 2, 1, 3, 4).reshape(b * side, n * side, 3)

@@ -16,12 +16,15 @@ A "2d" network has temporal kernel and stride 1 throughout: it sees every frame 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Convolution = Literal["3d", "2plus1d", "2d"]
 Upsampling = Literal["trilinear", "nearest"]
@@ -32,6 +35,7 @@ class ResNet(nn.Module):
 
     `blocks` counts the blocks of each layer. `channels` is what `forward` and `forward_pretrain` return. Residual
     branches start at zero (the last batch norm's scale), convolutions at He's initialisation, fan out.
+    `recompute_stem`: keep nothing of the stem for the backward pass, whose maps are the largest, and compute it again.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class ResNet(nn.Module):
         self.convolution = convolution
         self.stem_stride = stem_stride
         self.upsampling: Upsampling = "trilinear"
+        self.recompute_stem = False
         self.channels = 8 * width * block.expansion
         self.stem = nn.Sequential(
             _conv(convolution, in_channels, width, time=3, space=7, stride=(1, stem_stride)),
@@ -112,7 +117,8 @@ class ResNet(nn.Module):
         return layer3_frames // 2, -(-height // space), -(-width // space)
 
     def _layer3(self, x: Tensor) -> Tensor:
-        return self.layer3(self.layer2(self.layer1(self.stem(x))))
+        maps = recomputed(self.stem, x) if self.recompute_stem else self.stem(x)
+        return self.layer3(self.layer2(self.layer1(maps)))
 
 
 class Bottleneck(nn.Module):
@@ -177,6 +183,28 @@ def r3d10(in_channels: int = 3, width: int = 64, stem_stride: int = 2) -> ResNet
 def r2d10(width: int = 64) -> ResNet:
     """R2D-10, the I-Network: (B, 3, 1, H, W) -> (B, 512, 1, H/32, W/32), to be pooled globally."""
     return ResNet(BasicBlock, (1, 1, 1, 1), convolution="2d", width=width)
+
+
+def recomputed(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), of which nothing but x is kept: the backward pass computes it again. Gradients and running statistics
+    are those of the plain call. The module draws nothing at random."""
+    again = partial(checkpoint, module, x, use_reentrant=False, preserve_rng_state=False)
+    if torch.compiler.is_compiling():  # it keeps the update of buffers apart, and takes no contexts
+        return again()
+    return again(context_fn=lambda: (nullcontext(), _buffers_kept(module)))
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Batch norm updates its statistics whenever it computes; here those are copies."""
+    own = [(part, part._buffers) for part in module.modules()]
+    for part, buffers in own:
+        part._buffers = {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
+    try:
+        yield
+    finally:
+        for part, buffers in own:
+            part._buffers = buffers
 
 
 def _conv(

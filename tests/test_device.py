@@ -1,0 +1,93 @@
+"""What is chosen for a device, and how batches get there; a GPU's streams are stood in for, and tried where one is."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.device import ToDevice, allow_fast_kernels, choose_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_bfloat16_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [choose_precision(name, CPU) for name in ("auto", "float32")] == ["float32", "float32"]
+    with pytest.raises(ValueError, match=r"bfloat16 is for GPUs: on CPUs torch 2\.13 makes wrong gradients"):
+        choose_precision("bfloat16", CPU)
+    for has, chosen in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert choose_precision("auto", GPU) == chosen
+        assert choose_precision("bfloat16", GPU) == "bfloat16" and choose_precision("float32", GPU) == "float32"
+
+
+def test_tf32_is_for_gpus() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        allow_fast_kernels(CPU)
+        assert torch.get_float32_matmul_precision() == before == "highest"
+        allow_fast_kernels(GPU)
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Stream:
+    """Stands for a CUDA stream: what is queued, in the order in which the host asks for it."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said = name, said
+
+    def wait_stream(self, other: Stream) -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> Stream:
+        self.said.append("mark")
+        return self
+
+    def synchronize(self) -> None:
+        self.said.append("host waits for the mark")
+
+
+def test_batches_are_copied_beside_the_steps_and_two_at_most_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    steps, copies = Stream("steps", said), Stream("copies", said)
+
+    @contextmanager
+    def inside(stream: Stream):
+        said.append(f"on {stream.name}:")
+        yield
+
+    def to(x: Tensor, *_: object, **options: bool) -> Tensor:
+        assert options == {"non_blocking": True}
+        said.append(f"copy {int(x)}")
+        return x
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: steps)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(Tensor, "to", to)
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: said.append(f"{stream.name} uses {int(x)}"))
+    to_device = ToDevice(GPU)
+    for number in (1, 2):
+        assert to_device({"clip": torch.tensor(number)}) == {"clip": torch.tensor(number)}
+        said.append(f"step {number}")
+    first = ["mark", "on copies:", "copy 1", "steps waits for copies", "steps uses 1", "step 1"]
+    second = ["on copies:", "copy 2", "steps waits for copies", "steps uses 2", "step 2"]
+    assert said == [*first, "host waits for the mark", "mark", *second]
+
+
+def test_on_a_cpu_a_batch_is_where_it_is() -> None:
+    batch = {"clip": torch.zeros(2)}
+    assert ToDevice(CPU)(batch) is batch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_what_arrives_on_a_gpu_is_what_was_sent() -> None:
+    to_device, sums = ToDevice(GPU), []
+    for number in range(8):
+        there = to_device({"x": torch.full((1 << 20,), float(number)).pin_memory()})["x"]
+        sums.append((there @ there).sqrt() / 1024)
+    assert torch.stack(sums).tolist() == pytest.approx(range(8), rel=1e-3)
