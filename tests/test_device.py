@@ -43,9 +43,9 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.said.append(f"{self.name} waits for {other.name}")
 
-    def record_event(self) -> Stream:
+    def record_event(self, event: Stream) -> Stream:
         self.said.append("mark")
-        return self
+        return event
 
     def synchronize(self) -> None:
         self.said.append("host waits for the mark")
@@ -66,6 +66,7 @@ def test_batches_are_copied_beside_the_steps_and_two_at_most_are_there(monkeypat
         return x
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: copies)
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: steps)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: steps)
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(Tensor, "to", to)

@@ -138,6 +138,7 @@ def test_a_run_says_what_made_it(tiny: Tiny, undisturbed: Path) -> None:
     assert Config.from_json(json.dumps(about["config"])) == config
     assert about["manifest_sha256"] == rows.sha256 and about["shards_sha256"] == ShardSet(tiny[0]).sha256()
     assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["cudnn"] == torch.backends.cudnn.version()
     readable = json.loads((undisturbed / "checkpoint.json").read_text())
     assert readable["step"] == 18 and readable["epoch"] == 3
     assert [line["step"] for line in lines(undisturbed)] == [2, 4, 6, 8, 10, 12, 14, 16, 18]

@@ -70,7 +70,7 @@ class ToDevice:
         steps = torch.cuda.current_stream(self.device)
         if self.before:
             self.before.synchronize()  # the step before the last one has ended
-        self.before = steps.record_event()
+        self.before = steps.record_event(torch.cuda.Event(blocking=True))  # whoever waits leaves its core to loaders
         with torch.cuda.stream(self.stream):
             batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
         steps.wait_stream(self.stream)
@@ -83,4 +83,6 @@ def channels_last(network: nn.Module) -> None:
     """Lay the weights out as three-dimensional convolutions compute, on CPUs and on tensor cores alike."""
     for weights in network.parameters():
         if weights.dim() == 5:  # not those of the ConvGRU, whose convolutions have two dimensions
-            weights.data = weights.data.contiguous(memory_format=torch.channels_last_3d)
+            # Not .contiguous(), which leaves kernels of one pixel the strides that their gradients do not come with.
+            there = torch.empty_like(weights, memory_format=torch.channels_last_3d)
+            weights.data = there.copy_(weights.data)

@@ -147,7 +147,7 @@ def train(
                 terminated, due = distributed.anywhere(device, terminated, due) if writing else (False, False)
             if not (writing or terminated):
                 continue
-            # The only place that waits for the device, and always before a checkpoint replaces a good one.
+            # This waits for the device, and always before a checkpoint replaces a good one.
             values = metrics.fetch(pending)
             metrics.check_finite(values, step)
             if writing:
