@@ -1,4 +1,4 @@
-"""The README's commands, typed: every one that needs no network, cluster or GPU, on small stand-ins for what it names."""
+"""The README's commands, typed: all that need no network, cluster or GPU, on small stand-ins for what they name."""
 
 from __future__ import annotations
 
