@@ -26,6 +26,7 @@ from preprocess.schema import Settings
 
 TICK = Fraction(1, 25)  # time between frames of the encoded stream, seconds; nothing reads it
 MIN_DECODED = 0.9  # half an AVI decodes without any error: what a container declares is held against what came out
+UNCUT = 0.98  # of its declared duration: a file that goes on to there was not cut off
 NOT_VIDEO = ("tty",)  # FFmpeg renders text files as pictures
 ONLY_ITSELF = {"protocol_whitelist": "none"}  # playlists, references and patterns open no other file
 ISO_MEDIA = "mov,mp4,m4a,3gp,3g2,mj2"
@@ -234,14 +235,14 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
         return stream.frames - source.hidden
     if container.format.name not in DECLARES_DURATION:
         return 0
-    times = source.times
+    last = max((t for t in source.times if t == t), default=0.0)  # damaged time stamps may go back, or be none
     if stream.duration and stream.time_base:
         duration = float(stream.duration * stream.time_base)
     else:
         duration = (container.duration or 0) / av.time_base
-        if source.end >= MIN_DECODED * duration:  # of the longest stream, which may be sound
-            duration = min(duration, times[-1] + 1 / source.fps) if source.fps else 0
-    if source.is_variable and max(times) >= MIN_DECODED * duration:
+        if source.end >= UNCUT * duration:  # of the longest stream, which may be sound
+            duration = min(duration, last + 1 / source.fps) if source.fps else 0
+    if source.is_variable and last >= MIN_DECODED * duration:
         return source.packets - source.hidden  # frames that are lost here and there look like a variable rate too
     return round(duration * source.fps) - source.hidden
 

@@ -172,6 +172,11 @@ def test_a_hole_is_refused(tmp_path: Path) -> None:
     for name in "four", "the first four":
         with pytest.raises(ValueError, match="only 80 of 100 declared frames decode"):
             convert(tmp_path / f"{name}.mkv")
+    # What is there reaches to nine tenths, or to the end but in a wrong place, after which times go back.
+    for name, kept in ("cut", clusters[2:19]), ("moved", [*clusters[1:15], clusters[20], *clusters[15:17]]):
+        (tmp_path / f"{name}.mkv").write_bytes(mark.join([clusters[0], *kept]))
+        with pytest.raises(ValueError, match="only 85 of 100 declared frames decode"):
+            convert(tmp_path / f"{name}.mkv")
 
 
 def test_frames_lost_here_and_there_are_no_variable_rate(tmp_path: Path) -> None:
