@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,18 @@ from train.config import Config, Runtime
 from train.loop import train
 
 Tiny = tuple[Path, Path]
-# A line and a checkpoint every second step, and where epochs end (6, 12, 18).
+# A line and a checkpoint every second step; epochs end at 6, 12 and 18.
 RUNTIME = Runtime(device="cpu", loader_workers=0, log_steps=2, checkpoint_minutes=0)
 TIMINGS = ("clips_per_second", "waiting")
+
+
+def ready_process(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a process that has torch loaded, forked from one that has no other thread, as pytest's own have."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "train.__main__", "train.loop"])
+    process = server.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def start(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
 import re
 import signal
 import time
@@ -17,6 +16,7 @@ from conftest import ROOT
 from evaluating import HASH, example
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import ready_process
 
 from eval import results
 from eval.publish import collect
@@ -44,8 +44,7 @@ def _write_for_ever(folder: Path) -> None:
 
 
 def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
-    writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(tmp_path,))
-    writer.start()
+    writer = ready_process(_write_for_ever, tmp_path)
     while len(list(tmp_path.glob("results/*.json"))) < 20:
         time.sleep(0.01)
     writer.kill()

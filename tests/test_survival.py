@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config, train_command
-from running import RUNTIME, Tiny, assert_same_run, lines, run_again, start
+from running import RUNTIME, Tiny, assert_same_run, lines, ready_process, run_again, start
 
 from preprocess.manifest import Manifest
 from train import __main__ as command
@@ -53,23 +53,22 @@ def stop_at(arguments: list[str], out: Path, step: int, number: int) -> tuple[in
     """Start a command, signal it and its workers once it has written a step; exit status and standard error."""
     metrics, errors = out / "metrics.jsonl", out.with_name("errors")
     before = metrics.stat().st_ino if metrics.exists() else 0  # a start puts a new file in place of the old one
-    child = os.fork()  # rather than a program of its own, which would import torch for seconds
-    if not child:
-        os.setsid()
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w", buffering=1)
-        try:
-            os._exit(command.main(arguments[3:]))
-        finally:
-            os._exit(99)
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+    child = ready_process(_command, arguments[3:], errors)
+    while child.is_alive():
         if metrics.exists() and metrics.stat().st_ino != before:
             written = [json.loads(t)["step"] for t in metrics.read_text().splitlines() if t.endswith("}")]
             if written and written[-1] >= step:
-                os.killpg(child, number)
-                ended = os.waitpid(child, 0)
+                os.killpg(child.pid, number)
                 break
         time.sleep(0.005)
-    return os.waitstatus_to_exitcode(ended[1]), errors.read_text()
+    child.join()
+    return child.exitcode, errors.read_text()
+
+
+def _command(arguments: list[str], errors: Path) -> None:
+    os.setsid()
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w", buffering=1)
+    sys.exit(command.main(arguments))
 
 
 def survive(tiny: Tiny, out: Path, signals: list[signal.Signals], config: Config, seed: int, watch: int = 0) -> None:
@@ -176,8 +175,7 @@ def _train_for_long(tiny: Tiny, out: Path) -> None:
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tiny: Tiny, tmp_path: Path) -> None:
-    first = multiprocessing.get_context("fork").Process(target=_train_for_long, args=(tiny, tmp_path))
-    first.start()
+    first = ready_process(_train_for_long, tiny, tmp_path)
     try:
         while not (tmp_path / "checkpoint.pt").exists():
             assert first.is_alive()
@@ -243,7 +241,7 @@ def _worker(ready: Any) -> None:
 
 
 def test_a_worker_ends_with_its_parents_signal_alone() -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     ready = context.Event()
     worker = context.Process(target=_worker, args=(ready,), daemon=True)
     worker.start()
