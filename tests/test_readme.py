@@ -27,8 +27,8 @@ UCF = "--shards shards/ucf101 --manifest data_manifests/ucf101_split1.csv"
 STAND_INS = {
     "s3://bucket": "bucket",
     "/local/": "local/",
-    "--workers 64": "--workers 2",
-    "--workers 8": "--workers 2",
+    "--workers 64": "--workers 1",  # joblib's processes are kept from test to test, in the folder of the first
+    "--workers 8": "--workers 1",
     "--frames 16 --size 112": "--frames 8 --size 32",
 }
 NETWORK = """

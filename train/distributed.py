@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, TypeVar
@@ -200,6 +201,8 @@ def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
     known = signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None, buffers: False}
+    # Said of kernels of one pixel, whose strides mean nothing: a gradient of a few kilobytes is copied.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
 
 
