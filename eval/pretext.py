@@ -9,13 +9,12 @@ from tqdm import tqdm
 
 from eval.features import AUTO, Machine, Run
 from eval.results import Data, Row
-from train.config import Pretraining
+from train.config import Finetuning, Pretraining
 from train.data import EpochSampler
 from train.device import channels_last, choose_device
 from train.heldout import accuracies
 from train.loader import explaining_workers, make_loader
-from train.model import PretrainingModel
-from train.tasks import PretrainingTask
+from train.tasks import make_task
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,12 @@ def measure(run: Run, data: Data, machine: Machine = AUTO) -> Pretext:
     candidates there are; dropout is off, and batch norm uses its running statistics. ValueError where the run has no
     such task, or there is one test video.
     """
-    if not (isinstance(run.config, Pretraining) and isinstance(run.model, PretrainingModel)):
+    if isinstance(run.config, Finetuning):
         raise ValueError(f"{run.folder} was trained with labels: pretext tasks are those of a pretraining run")
     where = torch.device(choose_device(machine.device))
-    task = PretrainingTask(run.config, data.shards, data.manifest.subset("test"))
-    if run.config.objective.alpha == 1 and run.config.objective.motion_loss == "mse":
+    task = make_task(run.config, data.shards, data.manifest.subset("test"))
+    o = run.config.objective if isinstance(run.config, Pretraining) else None
+    if o and (o.alpha, o.motion_loss) == (1, "mse"):
         raise ValueError(f"{run.folder} ({run.recipe}) regresses motion vectors, which has no accuracy")
     model = run.model.to(where).eval()
     channels_last(model)

@@ -25,22 +25,26 @@ from train.runs import Origin
 from train.tasks import make_task
 from train.trained import Run, load_pretrained
 
+SUBJECTS = {  # of a task: a recipe, and the field that its recipes differ in
+    "pretraining": ("small", "objective"),
+    "finetuning": ("small-scratch", "supervision"),
+    "comparison": ("scenes-order", "peer"),
+}
 GROWS = {"c3d": 4, "r3d26": 1, "r2plus1d26": 1, "r3d10": 4}
 
 
 def smaller(name: str, **changes: Any) -> Any:
     """The recipe on 8 frames of 32x32 at stride 2, narrow, on batches of four: all that is not its subject is small."""
     config = RECIPES[name].config
-    kind = "small-scratch" if isinstance(config, Finetuning) else "small"
+    kind, field = SUBJECTS[config.task]
     narrow = {"iframe_width": 4, "motion_width": 4, "predictor_width": 16, "head_hidden": 16, "head_out": 8}
     networks = replace(config.networks, width=GROWS[config.networks.backbone], **narrow)
     tiny = tiny_config(kind, batch_size=4, epochs=2)
     motion = "vectors" if config.sampling.motion == "flow" else config.sampling.motion
     sampling = replace(tiny.sampling, period=config.sampling.period, motion=motion)
-    subject = config.supervision if isinstance(config, Finetuning) else config.objective
-    field = "supervision" if isinstance(config, Finetuning) else "objective"
     optimiser = Optimiser("adamw", lr_per_sample=2e-3, warmup_epochs=0)
-    return replace(tiny, networks=networks, sampling=sampling, optimiser=optimiser, **{field: subject} | changes)
+    subject = {field: getattr(config, field)}
+    return replace(tiny, networks=networks, sampling=sampling, optimiser=optimiser, **subject | changes)
 
 
 # Recipes that differ only in sizes, rates or data sets are the same when made small: each such group is trained once.
@@ -80,7 +84,8 @@ def collate(task: Any) -> dict[str, torch.Tensor]:
     return torch.utils.data.default_collate([task.data[0, i] for i in range(4)])
 
 
-LEARNING = ("small", "small-mse", "pretrain-ucf101-c3d-crossent", "small-regularised")
+PEERS = ("pretrain-ucf101-c3d-order", "pretrain-ucf101-c3d-pace", "pretrain-ucf101-c3d-contrast")
+LEARNING = ("small", "small-mse", "pretrain-ucf101-c3d-crossent", "small-regularised", *PEERS)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -160,7 +165,7 @@ def test_an_ablation_is_one_changed_field_and_released_is_all_that_the_script_ha
     for name, recipe in RECIPES.items():
         released = 2 + ("c3d" not in name)
         assert len(recipe.changes()) == (released if name.endswith("-released") else 1 if recipe.base else 0), name
-        assert recipe.about.startswith(("Table", "Beside the paper"))
+        assert recipe.about.startswith(("Table", "Beside the paper", "Another task"))
     assert RECIPES["small-mse"].changes() == {"objective.motion_loss": ("mse", "infonce")}
     with pytest.raises(ValueError, match=r"no field is called objective\.beta"):
         RECIPES["small"].config.changed({"objective.beta": 1})

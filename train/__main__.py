@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from preprocess.command import DONE, TERMINATED, ended, process, say, unknown, verb, wrong
-from train.config import Finetuning, Pretraining, Runtime
+from train.config import Comparison, Finetuning, Pretraining, Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,11 @@ class PretrainingArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparisonArguments(Arguments):
+    config: Annotated[Comparison, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuningArguments(Arguments):
     pretrained: Path | None = None
     """The run whose V-Network a finetune recipe begins from."""
@@ -54,7 +59,7 @@ class FinetuningArguments(Arguments):
 
 
 PROG = "python -m train"
-ARGUMENTS = {Pretraining: PretrainingArguments, Finetuning: FinetuningArguments}
+ARGUMENTS = {Pretraining: PretrainingArguments, Comparison: ComparisonArguments, Finetuning: FinetuningArguments}
 
 
 def list_recipes() -> None:

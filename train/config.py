@@ -16,6 +16,7 @@ from preprocess.command import at_least
 from train.draws import BEFORE, Cropping, Photometric, Sampling, one_of, positive, probability
 
 MotionLoss = Literal["infonce", "mse", "cross_entropy"]
+PeerName = Literal["order", "pace", "contrast"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,28 @@ class Objective:
         at_least("motion_bins", self.motion_bins, 2)
         for name in ("context_temperature", "motion_temperature", "loss_scale"):
             positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another task that learns from video without labels (train/peers)."""
+
+    name: PeerName = "order"
+    """order: that of shuffled clips; pace: a clip's stride; contrast: two clips of a video against all others'."""
+    clips: int = 3
+    """Clips of a video whose order is asked for."""
+    gap: int = 8
+    """Frames between two of them."""
+    paces: int = 4
+    """Strides that pace tells apart, from 1 on."""
+    temperature: float = 0.1
+    """τ of contrast."""
+
+    def __post_init__(self) -> None:
+        one_of("peer", self.name, ("order", "pace", "contrast"))
+        for name, least in (("clips", 2), ("gap", 0), ("paces", 2)):
+            at_least(name, getattr(self, name), least)
+        positive("temperature", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -206,6 +229,15 @@ class Pretraining(Config):
 
 
 @dataclass(frozen=True)
+class Comparison(Config):
+    """One pretraining run by another task, to compare with."""
+
+    task = "comparison"
+
+    peer: Peer = field(default_factory=Peer)
+
+
+@dataclass(frozen=True)
 class Finetuning(Config):
     """One run with labels, from a pretrained V-Network or from scratch."""
 
@@ -216,7 +248,7 @@ class Finetuning(Config):
     supervision: Supervision = field(default_factory=Supervision)
 
 
-TASKS: dict[str, type[Config]] = {kind.task: kind for kind in (Pretraining, Finetuning)}
+TASKS: dict[str, type[Config]] = {kind.task: kind for kind in (Pretraining, Comparison, Finetuning)}
 
 
 @dataclass(frozen=True)

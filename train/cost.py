@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from train.config import Config, Finetuning, Optimiser, Pretraining, Supervision
 from train.draws import Cropping, Photometric, Sampling
-from train.model import FinetuningModel, PretrainingModel, build_model
+from train.model import ComparisonModel, FinetuningModel, Model, build_model
 
 PEAKS = {  # in a GPU's name: dense operations a second in bfloat16 and in TF32, by its data sheet
     "B200": (2250e12, 1125e12),
@@ -40,6 +40,7 @@ DATASETS = {
     "hmdb51": ("HMDB51, split 1", 3570),
     "k400": ("Kinetics-400", 246_000),  # training videos; fewer of them can be had every year
     "scenes": ("the embedded scenes", 288),
+    "ucf20": ("twenty classes of UCF101", 1947),
 }
 
 
@@ -165,11 +166,12 @@ class _Alive(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
 
-def _step(model: PretrainingModel | FinetuningModel, config: Config) -> list[tuple[Tensor, Tensor]]:
+def _step(model: Model, config: Config) -> list[tuple[Tensor, Tensor]]:
     """Forward and backward on a batch without memory; returns what the objectives compare, as (rows, keys)."""
     s, size = config.sampling, config.size
     like: dict[str, Any] = {"device": "meta", "dtype": next(model.parameters()).dtype}
-    clip = torch.empty(config.batch_size, 3, s.frames, size, size, **like)
+    clips = config.batch_size * (model.clips if isinstance(model, ComparisonModel) else 1)
+    clip = torch.empty(clips, 3, s.frames, size, size, **like)
     windows = (config.batch_size, 1 + s.negatives, s.motion_channels, s.motion_frames)
     motion = torch.empty(*windows, config.motion_size, config.motion_size, **like)
     pairs, rest = _outputs(model, config, clip, motion)
@@ -177,9 +179,7 @@ def _step(model: PretrainingModel | FinetuningModel, config: Config) -> list[tup
     return pairs
 
 
-def _outputs(
-    model: PretrainingModel | FinetuningModel, config: Config, clip: Tensor, motion: Tensor
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _outputs(model: Model, config: Config, clip: Tensor, motion: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Embeddings that the objectives compare, as (rows, keys), and the sum of what else the loss is made of."""
     if isinstance(model, FinetuningModel):
         assert isinstance(config, Finetuning)
@@ -189,6 +189,8 @@ def _outputs(
         assert negatives is not None
         plain, shared = model.video.forward_both(clip)
         return [(model.motion(shared), torch.cat((targets, negatives)))], plain.sum()
+    if isinstance(model, ComparisonModel):
+        return [], model.video.forward_pretrain(clip).sum()  # of its head, as above
     assert isinstance(config, Pretraining)
     alpha, rest = config.objective.alpha, torch.zeros((), device="meta")
     clips, iframes, found = model(clip, clip[:, :, :1] if alpha < 1 else None, motion if alpha > 0 else None)

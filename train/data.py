@@ -156,8 +156,8 @@ class TrainingSet(Dataset[Sample]):
 
     def _draw(self, key: tuple[int, int]) -> Drawn:
         epoch, index = key
-        s, rng = self.sampling, _generator(self.seed, epoch, index)
-        shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
+        s, rng = self.sampling, generator(self.seed, epoch, index)
+        shard, first, frames, iframes, first_iframe = extent(self.shards, int(self.video[index]))
         if self.serves[index]:
             start, stride, window = draw_clip(rng, frames, s)
         else:
@@ -287,7 +287,7 @@ class ClipSet(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         s = self.sampling
-        shard, first, frames, iframes, first_iframe = _extent(self.shards, int(self.video[index]))
+        shard, first, frames, iframes, first_iframe = extent(self.shards, int(self.video[index]))
         span = s.span(s.stride)
         starts = clip_starts(frames, span, self.clips)
         sample: Sample = {"index": int(index), "label": int(self.label[index])}
@@ -439,7 +439,7 @@ def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
         raise ValueError(f"motion is {sampling.motion}, but {error}, or choose motion=vectors") from error
 
 
-def _extent(shards: ShardSet, video: int) -> tuple[Shard, int, int, np.ndarray, int]:
+def extent(shards: ShardSet, video: int) -> tuple[Shard, int, int, np.ndarray, int]:
     """(shard, first frame, frames, I-frames counted within the video, first I-frame) of a video."""
     shard, i = shards.locate(video)
     first, end = shard.frame_offset[i : i + 2].tolist()
@@ -447,7 +447,7 @@ def _extent(shards: ShardSet, video: int) -> tuple[Shard, int, int, np.ndarray, 
     return shard, first, end - first, shard.iframe_frame[low:high] - first, low
 
 
-def _generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     # numpy pads entropy with zeros, so (seed, epoch, 0) would be the stream that shuffles the epoch.
     # This is what default_rng makes of it, in a third of the time.
     return np.random.Generator(np.random.PCG64([seed, epoch, 1 + index]))

@@ -19,16 +19,13 @@ from torch.nn import functional as F
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train import metrics
-from train.config import Config, Pretraining, Runtime
+from train.config import Config, Finetuning, Runtime
 from train.data import ClipSet, EpochSampler
 from train.distributed import gather_with_gradient, rank, world_size
-from train.draws import largest_stride
 from train.loader import make_loader
-from train.model import FinetuningModel, PretrainingModel
+from train.model import Model
 from train.readout import SharedMap, pooled, prepare
-from train.tasks import Batch, PretrainingTask
-
-Model = PretrainingModel | FinetuningModel
+from train.tasks import Batch, Task, make_task, serves
 
 VIDEOS = 256  # held-out videos at most, and as many training videos for them to find
 LOOKS = 6  # wanted over a run: where they take too long, fewer videos are looked at
@@ -41,7 +38,7 @@ AT_ONCE = 16  # clips of a batch that are only pooled
 class HeldOut:
     """What is looked at, and how often."""
 
-    task: PretrainingTask
+    task: Task
     """Of the held-out videos."""
     sampler: EpochSampler
     """Their batches, as large as those of training where there are as many videos."""
@@ -101,20 +98,20 @@ def hold_out(
 ) -> HeldOut | None:
     """What a run that trains on `videos` videos an epoch looks at of the held-out ones; None where it trains with
     labels, is told not to look, or has too few of them for a batch."""
-    if not isinstance(config, Pretraining) or held_out is None or runtime.watch_epochs == 0:
+    if isinstance(config, Finetuning) or held_out is None or runtime.watch_epochs == 0:
         return None
     # A video has a clip for the tasks and one to ask with, and a training video one to be found.
     count = VIDEOS if runtime.watch_epochs else min(VIDEOS, affordable(videos, config.epochs) // (3 * LOOKS))
     count = max(count, config.batch_size)  # as many candidates as in training
     frames, trained = dict(zip(shards.paths, shards.frames.tolist())), set(training.paths)
-    able = [largest_stride(frames.get(path, 0), config.sampling) > 0 for path in held_out.paths]
+    able = [serves(config, frames.get(path, 0)) for path in held_out.paths]
     rows = [i for i, path in enumerate(held_out.paths) if able[i] and path not in trained]
     size = min(config.batch_size, len(rows))
     size -= size % world_size()
     if size < 2:
         return None
     queries, gallery = _rows(held_out, _spread(rows, count)), _rows(training, _spread(range(len(training)), count))
-    task = PretrainingTask(config, shards, queries)
+    task = make_task(config, shards, queries)
     both = Manifest(queries.paths + gallery.paths, queries.labels + gallery.labels, queries.subsets + gallery.subsets)
     clips = ClipSet(shards, both, config.sampling, clips=1)
     sampler = EpochSampler(len(queries), size, rank(), world_size(), config.seed)
@@ -134,8 +131,8 @@ def epochs_between(clips: int, videos: int, epochs: int) -> int:
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, task: PretrainingTask, batches: Iterable[Batch]) -> dict[str, float]:
-    """context_accuracy and motion_accuracy, those that the objective has, as means over the batches of all ranks.
+def accuracies(model: nn.Module, task: Task, batches: Iterable[Batch]) -> dict[str, float]:
+    """The accuracies that a task has, such as context_accuracy, as means over the batches of all ranks.
 
     For a model in evaluation mode: dropout off, running statistics of batch norm.
     """

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.config import Config, Finetuning, MotionLoss, Pretraining
+from train.config import Comparison, Config, Finetuning, MotionLoss, Pretraining
 from train.networks import VideoNetwork, build_predictor, build_video_network
 from train.networks.heads import MLPHead, flatten_points
 from train.networks.resnet import r2d10, r3d10
 from train.objectives import Points, motion_targets
+from train.peers import make_peer
 
 
 class MotionScale(nn.Module):
@@ -135,6 +136,21 @@ class PretrainingModel(nn.Module):
         return clips, iframes, None if targets is None else Points(self.motion(features), *targets)
 
 
+class ComparisonModel(nn.Module):
+    """V-Network and the head of another task."""
+
+    def __init__(self, config: Comparison) -> None:
+        super().__init__()
+        n, peer = config.networks, make_peer(config)
+        self.video = build_video_network(n.backbone, n.width, upsampling=n.upsampling)
+        self.head, self.clips = peer.head(self.video.channels), peer.clips
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Clips (B N, 3, T, S, S), those of a video one after another -> what the task compares, (B, ...)."""
+        features = self.video.forward_pretrain(clips).mean((2, 3, 4))  # (B N, C1)
+        return self.head(features.unflatten(0, (-1, self.clips)))
+
+
 class FinetuningModel(nn.Module):
     """V-Network, dropout and a linear classifier; with motion prediction beside it where that has a weight."""
 
@@ -162,11 +178,16 @@ class FinetuningModel(nn.Module):
             return self.classifier(pooled)
 
 
-def build_model(config: Config, classes: int, recompute: bool = False) -> PretrainingModel | FinetuningModel:
+Model = PretrainingModel | ComparisonModel | FinetuningModel
+
+
+def build_model(config: Config, classes: int, recompute: bool = False) -> Model:
     """The model that a configuration trains; `classes` counts those of the shards. `recompute`: what the M-Network's
     stem computes is not kept for the backward pass, but computed again."""
     if isinstance(config, Pretraining):
-        model: PretrainingModel | FinetuningModel = PretrainingModel(config)
+        model: Model = PretrainingModel(config)
+    elif isinstance(config, Comparison):
+        model = ComparisonModel(config)
     else:
         assert isinstance(config, Finetuning)
         model = FinetuningModel(config, classes)

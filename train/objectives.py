@@ -198,8 +198,12 @@ def motion_classification(logits: Tensor, classes: Tensor) -> Loss:
             f"{tuple(logits.shape)} logits for {tuple(classes.shape)} classes; they must be (B·N, 2·bins) and "
             "(B·N, 2), with 2 bins or more"
         )
-    scores = _at_least_float32(logits).reshape(classes.numel(), -1)  # (B·N·2, bins)
-    target = classes.flatten()  # (B·N·2)
+    return classification(logits.reshape(classes.numel(), -1), classes.flatten())  # (B·N·2, bins), (B·N·2)
+
+
+def classification(scores: Tensor, target: Tensor) -> Loss:
+    """Cross-entropy of scores (B, classes) against int64 (B,)."""
+    scores = _at_least_float32(scores)
     return Loss(F.cross_entropy(scores, target), _accuracy(scores.argmax(1), target, scores.dtype))
 
 

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from preprocess.command import at_least
 from preprocess.manifest import Manifest
 from preprocess.schema import Settings
 from preprocess.shards import ShardSet
 from train import augment
-from train.config import Config, Finetuning, Pretraining
+from train.config import Comparison, Config, Finetuning, Pretraining
 from train.data import EpochSampler, FinetuneSet, Modality, PretrainSet
-from train.objectives import Loss, context_matching, joint, motion_loss, motion_targets
+from train.draws import largest_stride
+from train.objectives import Loss, classification, context_matching, joint, motion_loss, motion_targets
+from train.peers import make_peer
+from train.peers.clips import ClipTuples
 
 Batch = dict[str, Tensor]
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
@@ -98,8 +100,8 @@ class FinetuningTask:
     def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, Found]:
         s, (clip, _, motion) = self.config.supervision, inputs
         scores, points = network(clip, motion)  # (B, classes)
-        loss = F.cross_entropy(scores, batch["label"])
-        found = named("class", Loss(loss, (scores.argmax(1) == batch["label"]).float().mean()))
+        labelled = classification(scores, batch["label"])
+        loss, found = labelled.value, named("class", labelled)
         if points is not None:
             future = motion_loss("infonce", points, s.motion_temperature, batch["serves"])
             loss = loss + s.motion_weight * future.value
@@ -107,15 +109,46 @@ class FinetuningTask:
         return loss, found
 
 
-Task = PretrainingTask | FinetuningTask
+class ComparisonTask:
+    """Another task on clips of a video (train.peers)."""
+
+    def __init__(self, config: Comparison, shards: ShardSet, manifest: Manifest | None) -> None:
+        at_least("batch_size", config.batch_size, 2)
+        self.config, self.settings = config, shards.settings
+        self.data = ClipTuples(shards, manifest, config)
+        self.left_out = f"{self.data.dropped} too short"
+
+    def begin(self, _: nn.Module) -> None:
+        """Nothing."""
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Clips (B N, 3, T, S, S), and nothing beside them."""
+        clips = {name: x.flatten(0, 1) for name, x in batch.items() if name.startswith("clip")}
+        return prepare(clips, self.config, self.settings, with_iframe=False, with_motion=False)
+
+    def loss(self, network: nn.Module, inputs: Inputs, batch: Batch) -> tuple[Tensor, Found]:
+        found = self.data.peer.loss(network(inputs[0]), batch["target"])
+        return found.value, named(self.config.peer.name, found)
+
+
+Task = PretrainingTask | ComparisonTask | FinetuningTask
 
 
 def make_task(config: Config, shards: ShardSet, manifest: Manifest | None) -> Task:
     """The task of a configuration."""
     if isinstance(config, Pretraining):
         return PretrainingTask(config, shards, manifest)
+    if isinstance(config, Comparison):
+        return ComparisonTask(config, shards, manifest)
     assert isinstance(config, Finetuning)
     return FinetuningTask(config, shards, manifest)
+
+
+def serves(config: Config, frames: int) -> bool:
+    """Whether a video of so many frames can pretrain."""
+    if isinstance(config, Comparison):
+        return frames >= make_peer(config).needed
+    return largest_stride(frames, config.sampling) > 0
 
 
 def named(task: str, loss: Loss) -> Found:

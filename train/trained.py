@@ -11,7 +11,7 @@ import torch
 
 from train import checkpoint, runs
 from train.config import Config, Finetuning, here_and_there
-from train.model import FinetuningModel, PretrainingModel, build_model
+from train.model import Model, build_model
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Run:
     weights: str
     """'initial' (untrained), 'last', or the name of a kept checkpoint such as 'epoch-0005'."""
     epoch: float
-    model: PretrainingModel | FinetuningModel
+    model: Model
 
     def weights_sha256(self) -> str:
         return checkpoint.sha256(self.model.state_dict())
@@ -67,7 +67,7 @@ def load_pretrained(folder: Path, weights: str = "last") -> Run:
     return load_run(folder, weights)
 
 
-def begin_from(pretrained: Run | None, config: Config, model: PretrainingModel | FinetuningModel) -> None:
+def begin_from(pretrained: Run | None, config: Config, model: Model) -> None:
     """Give the V-Network the weights of a pretraining run, where the configuration wants them."""
     wanted = isinstance(config, Finetuning) and config.supervision.start == "pretrained"
     if pretrained is None:
