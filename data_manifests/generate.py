@@ -2,8 +2,8 @@
 
     python data_manifests/generate.py --ucf101 ucfTrainTestlist --hmdb51 testTrainMulti_7030_splits
 
-takes a second and writes ucf101.csv, ucf101_split1..3.csv, hmdb51.csv and hmdb51_split1..3.csv beside this file (or
-into --out), printing the number of rows of each. `ucfTrainTestlist` is the folder with classInd.txt, trainlist0N.txt
+takes a second and writes ucf101.csv, ucf101_split1..3.csv, ucf20.csv, hmdb51.csv and hmdb51_split1..3.csv beside this
+file (or into --out), printing the number of rows of each. `ucfTrainTestlist` is the folder with classInd.txt, trainlist0N.txt
 and testlist0N.txt; `testTrainMulti_7030_splits` the one with CLASS_test_splitN.txt, or one above it. Either may be
 left out.
 """
@@ -18,6 +18,12 @@ from pathlib import Path
 
 Table = dict[str, tuple[str, str]]  # path -> (label, subset)
 
+UCF20 = (
+    "ApplyEyeMakeup", "ApplyLipstick", "Archery", "BabyCrawling", "BalanceBeam", "BandMarching", "BaseballPitch",
+    "Basketball", "BasketballDunk", "BodyWeightSquats", "BoxingPunchingBag", "CricketBowling", "CricketShot",
+    "JugglingBalls", "JumpingJack", "Lunges", "PizzaTossing", "PlayingCello", "PlayingSitar", "WalkingWithDog",
+)  # fmt: skip
+"""Whole classes of ucf20.csv: UCF101 for a laptop."""
 HMDB51_SUBSETS = {"0": "unused", "1": "train", "2": "test"}
 
 
@@ -39,7 +45,8 @@ def ucf101(lists: Path) -> dict[str, Table]:
                 if label not in number or numbers not in ([], [number[label]]):
                     raise ValueError(f"{source}: {line!r} contradicts classInd.txt: fetch the lists again")
                 _add(table, path, label, subset, source)
-    return _with_whole("ucf101.csv", splits)
+    few = {path: row for path, row in splits["ucf101_split1.csv"].items() if row[0] in UCF20}
+    return _with_whole("ucf101.csv", splits) | {"ucf20.csv": few}
 
 
 def hmdb51(lists: Path) -> dict[str, Table]:

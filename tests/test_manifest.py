@@ -67,6 +67,7 @@ COUNTS = {
     "ucf101_split1.csv": {"train": 9537, "test": 3783},
     "ucf101_split2.csv": {"train": 9586, "test": 3734},
     "ucf101_split3.csv": {"train": 9624, "test": 3696},
+    "ucf20.csv": {"train": 1947, "test": 776},
     "hmdb51.csv": {"": 6766},
     "hmdb51_split1.csv": {"train": 3570, "test": 1530, "unused": 1666},
     "hmdb51_split2.csv": {"train": 3570, "test": 1530, "unused": 1666},
@@ -129,7 +130,7 @@ def generated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | 
 def test_generate_makes_the_committed_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = ["--ucf101", OFFICIAL / "ucf101_official", "--hmdb51", OFFICIAL / "hmdb51_official"]
     assert generated(monkeypatch, *folders, "--out", tmp_path) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {*UCF101, *HMDB51}
+    assert {path.name for path in tmp_path.iterdir()} == {*UCF101, *HMDB51, "ucf20.csv"}
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (LISTS / path.name).read_bytes(), path.name
 
