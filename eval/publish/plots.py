@@ -16,7 +16,7 @@ from eval.publish.cells import EPOCHS
 from eval.publish.tables import Table
 from train import runs
 from train.config import Pretraining
-from train.recipes import RECIPES
+from train.recipes import PEERS, RECIPES
 
 COLOURS = ("#3b82f6", "#ea580c", "#10a36e", "#a855f7", "#b45309", "#64748b")  # seen on white and on black
 POINTS = 150  # of a training's curve
@@ -26,6 +26,8 @@ CURVES = {
     "motion_accuracy": ("motion", 1, "-"),
     "heldout_motion_accuracy": ("motion, held out", 1, ".--"),
     "class_accuracy": ("class", 2, "-"),
+    **{f"{peer}_accuracy": (peer, 4, "-") for peer in PEERS},
+    **{f"heldout_{peer}_accuracy": (f"{peer}, held out", 4, ".--") for peer in PEERS},
     "heldout_recall": ("R@1, held out", 3, ".--"),
 }
 """Of metrics.jsonl: what the legend calls them, their colour and style."""
