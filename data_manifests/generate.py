@@ -3,9 +3,9 @@
     python data_manifests/generate.py --ucf101 ucfTrainTestlist --hmdb51 testTrainMulti_7030_splits
 
 takes a second and writes ucf101.csv, ucf101_split1..3.csv, ucf20.csv, hmdb51.csv and hmdb51_split1..3.csv beside this
-file (or into --out), printing the number of rows of each. `ucfTrainTestlist` is the folder with classInd.txt, trainlist0N.txt
-and testlist0N.txt; `testTrainMulti_7030_splits` the one with CLASS_test_splitN.txt, or one above it. Either may be
-left out.
+file (or into --out), printing the number of rows of each. `ucfTrainTestlist` is the folder with classInd.txt,
+trainlist0N.txt and testlist0N.txt; `testTrainMulti_7030_splits` the one with CLASS_test_splitN.txt, or one above it.
+Either may be left out.
 """
 
 from __future__ import annotations
