@@ -66,8 +66,9 @@ def folder(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree("UCF-101", where)
     whole = Manifest(tuple(names), tuple(n.split("/")[0] for n in names), ("train", "train", "train", "test") * 2)
     (tmp_path / "data_manifests").mkdir()
-    for name in ("data_manifests/ucf101", "data_manifests/ucf101_split1", "data_manifests/hmdb51_split1", "k400"):
-        whole.write(tmp_path / f"{name}.csv")
+    for name in ("ucf101", "ucf101_split1", "ucf20", "hmdb51_split1"):
+        whole.write(tmp_path / "data_manifests" / f"{name}.csv")
+    whole.write(tmp_path / "k400.csv")
     shutil.copytree(tiny[0], "demo_out/shards")
     (tmp_path / "demo_out" / "scenes").mkdir()
     shutil.copy(tiny[1], "demo_out/scenes/manifest.csv")
