@@ -263,8 +263,8 @@ def tables(
         plan: Only list the runs that are missing, each as its command, with its hours.
         run: Carry them out here one after another, then write the tables; the same command goes on after any kill.
         slurm: Folder to write SLURM job arrays to, and submit.sh, which queues them.
-        only: Tables to plan or run: 1 to 9, scenes, small. All of the nine unless told otherwise.
-        data: Data sets at hand, each as NAME=SHARDS:MANIFEST; NAME is ucf101, hmdb51, k400, scenes or small.
+        only: Tables to plan or run: 1 to 9, scenes, small, ucf20. All of the nine unless told otherwise.
+        data: Data sets at hand, each as NAME=SHARDS:MANIFEST; NAME is ucf101, hmdb51, k400, scenes, small or ucf20.
         seeds: Seeds to run.
         training: Further flags of every training: --training="--precision bfloat16".
         evaluation: Further flags of every evaluation: --evaluation="--workers 8".

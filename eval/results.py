@@ -18,8 +18,8 @@
 
 Results are comparable where the recipe's settings, the manifests and the settings of stage 1 are the same. Hashes of
 bytes are provenance: another kind of CPU, or another version of a library, rounds otherwise. Rows of earlier programs
-lack the keys `LATER`. Other keys may follow: queries and gallery of retrieval; classes, confusion and per_class of
-classification.
+lack the keys `LATER`. Other keys may follow: queries, groups, gallery, errors and chance of retrieval (the latter two
+name -> percent, as metrics); classes, confusion and per_class of classification.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ TEXTS = (
 LATER = ("shard_settings_sha256", "training_settings_sha256")
 """Texts that are empty in rows from before they were stored."""
 KEYS = (*TEXTS, "seed", "epoch", "metrics")
+PERCENT = ("metrics", "errors", "chance")
+"""name -> percent: the numbers, and where there are any their standard errors and what chance gives."""
 
 
 class Result(Protocol):
@@ -168,14 +170,15 @@ def fault(row: Row) -> str:
         return f"{', '.join(missing)} missing"
     if row["kind"] not in KINDS:
         return f"its kind is {row['kind']!r}; there are {', '.join(KINDS)}"
-    if not isinstance(row["metrics"], dict):
-        return "its metrics are no object"
-    numbers = {"seed": row["seed"], "epoch": row["epoch"], **row["metrics"]}
+    if wrong := [k for k in PERCENT if not isinstance(row.get(k, {}), dict)]:
+        return f"{', '.join(wrong)}: no object"
+    percent = [pair for k in PERCENT for pair in row.get(k, {}).items()]
+    numbers = [("seed", row["seed"]), ("epoch", row["epoch"]), *percent]
     wrong = [k for k in TEXTS if not isinstance(row[k], str)]
-    wrong += [k for k, v in numbers.items() if not isinstance(v, int | float) or not math.isfinite(v)]
+    wrong += [k for k, v in numbers if not isinstance(v, int | float) or not math.isfinite(v)]
     if wrong:
         return f"{', '.join(wrong)} of a wrong type, or not a number"
-    wrong = [f"{k} {v}" for k, v in row["metrics"].items() if not -1e-3 <= v <= 100 + 1e-3]
+    wrong = [f"{k} {v}" for k, v in percent if not -1e-3 <= v <= 100 + 1e-3]
     return f"{', '.join(wrong)}, which is no percentage" if wrong else ""
 
 

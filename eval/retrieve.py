@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from eval.features import AUTO, Machine, Network, Run, protocol, sides
 from eval.results import Data, Row, number_table
 
 KS = (1, 5, 10, 20)
+RESAMPLES = 2000
+SEED = 0  # of the resamples
+# What names of clips of one recording differ in: UCF101's _c02 after _g03, HMDB51's _f_cm_np1_ba_goo_3.
+CLIP = re.compile(r"(?:(?<=_g\d\d)_c\d+|_[fhlu]_[cn]m_np\d+_(?:ba|fr|le|ri)_(?:bad|med|goo)_\d+)\.\w+$")
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,19 @@ class Retrieval:
     """Gallery rows by falling similarity, int64 (Q, k)."""
     recalls: dict[str, dict[int, float]]
     """For each of `labellings` its R@k in percent."""
+    errors: dict[str, dict[int, float]]
+    """Their standard errors."""
     chance: dict[str, dict[int, float]]
-    """The same of neighbours drawn at random."""
+    """The recalls of neighbours drawn at random."""
+    groups: int
+    """Recordings that the queries were cut from."""
     protocol: str
 
     def records(self) -> list[Row]:
-        sizes = {"queries": len(self.query), "gallery": len(self.gallery)}
+        sizes = {"queries": len(self.query), "groups": self.groups, "gallery": len(self.gallery)}
         about = {"kind": "retrieval", "network": self.network, "protocol": self.protocol}
-        return [about | sizes | {"metrics": named(self.recalls), "chance": named(self.chance)}]
+        percent = {"metrics": self.recalls, "errors": self.errors, "chance": self.chance}
+        return [about | sizes | {key: named(of) for key, of in percent.items()}]
 
     def markdown(self, title: str) -> str:
         return compared({title: self}, KS)
@@ -57,18 +67,28 @@ def measure(
     ks = [k for k in ks if k == 1 or k < len(train.label)]
     order = nearest(test.vectors, train.vectors, max(ks))
     labelled = {name: (of[test.label], of[train.label]) for name, of in labellings(data.shards.classes).items()}
-    recalls = {name: {k: recall(order, *labels, k) for k in ks} for name, labels in labelled.items()}
+    found = {name: hits(order, *labels) for name, labels in labelled.items()}
+    paths = data.shards.paths
+    group = groups([paths[v] for v in test.video])
+    recalls = {name: {k: 100 * float(of[:, k - 1].mean()) for k in ks} for name, of in found.items()}
+    errors = {name: {k: standard_error(of[:, k - 1], group) for k in ks} for name, of in found.items()}
     by_chance = {name: {k: chance(*labels, k) for k in ks} for name, labels in labelled.items()}
     how = protocol(run.config, network, test.failed + train.failed)
-    return Retrieval(data, network, test.video, train.video, order, recalls, by_chance, how)
+    recordings = int(group.max()) + 1
+    return Retrieval(data, network, test.video, train.video, order, recalls, errors, by_chance, recordings, how)
 
 
 def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,)) -> str:
-    """Markdown: the recalls of some networks, a line each, with the protocol of the first, and chance."""
+    """Markdown: the recalls of some networks, a line each, with the protocol of the first, chance, and the largest
+    standard errors."""
     first = next(iter(found.values()))
     how = f"{len(first.query)} queries, {len(first.gallery)} in the gallery; {first.protocol}"
     lines = {title: named(retrieval.recalls, ks) for title, retrieval in found.items()}
-    return f"{how}\n{number_table(lines | {'by chance': named(first.chance, ks)})}"
+    lines["by chance"] = named(first.chance, ks)
+    errors = [named(retrieval.errors, ks) for retrieval in found.values()]
+    what = f"{'largest ' * (len(found) > 1)}standard error, {first.groups} groups resampled"
+    lines[what] = {head: max(of[head] for of in errors) for head in errors[0]}
+    return f"{how}\n{number_table(lines)}"
 
 
 def named(recalls: Mapping[str, Mapping[int, float]], ks: Sequence[int] = KS) -> dict[str, float]:
@@ -89,10 +109,28 @@ def nearest(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-(q @ g.T), axis=1, kind="stable")[:, :k]
 
 
-def recall(order: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray, k: int) -> float:
-    """R@k in percent: the share of queries with one of their own label among the first k of `order` (Q, >= k)."""
-    hits = gallery_labels[order[:, :k]] == query_labels[:, None]
-    return 100 * float(hits.any(1).mean())
+def hits(order: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> np.ndarray:
+    """Whether one of a query's own label is among the first k of `order` (Q, K), for k = 1 ... K: bool (Q, K)."""
+    return np.logical_or.accumulate(gallery_labels[order] == query_labels[:, None], axis=1)
+
+
+def groups(paths: Sequence[str]) -> np.ndarray:
+    """The number of the recording that each video was cut from, int64 (Q,), by the names of UCF101 and HMDB51.
+
+    v_Archery_g03_c02.avi is of group 3 of Archery; HMDB51's clips of one film and action have one name before what
+    describes the clip. The official splits take none of these groups apart. Any other video is a group of its own.
+    """
+    return np.unique([CLIP.sub("", path) for path in paths], return_inverse=True)[1]
+
+
+def standard_error(hit: np.ndarray, group: np.ndarray) -> float:
+    """Of the share of queries that `hit` (bool (Q,)), in percent: its deviation where whole groups (Q,), numbered from
+    0, are drawn anew with replacement. Clips of a group are alike, and tell less than as many clips apart. A single
+    group gives 0, for nothing can be said."""
+    found, clips = np.bincount(group, hit), np.bincount(group)  # (G,)
+    rng = np.random.default_rng(SEED)
+    draws = (rng.integers(len(clips), size=len(clips)) for _ in range(RESAMPLES))  # one at a time: G may be 20,000
+    return 100 * float(np.std([found[drawn].sum() / clips[drawn].sum() for drawn in draws]))
 
 
 def chance(query_labels: np.ndarray, gallery_labels: np.ndarray, k: int = 1) -> float:

@@ -69,6 +69,8 @@ def test_a_file_is_named_by_its_content(tmp_path: Path) -> None:
         (example(kind="guess"), "its kind is 'guess'; there are retrieval, classification"),
         (example(metrics={"top-1": float("nan")}), "top-1 of a wrong type, or not a number"),
         (example(epoch="60", split=1), "split, epoch of a wrong type"),
+        (example(errors={"both R@1": None}), "both R@1 of a wrong type"),
+        (example(chance=25.0), "chance: no object"),
     ],
 )
 def test_what_is_no_row_is_refused(tmp_path: Path, row: Row, complaint: str) -> None:
@@ -98,12 +100,14 @@ def test_a_csv_keeps_every_number_and_text(
     tmp_path_factory: pytest.TempPathFactory, metrics: dict[str, float], epoch: float, text: str
 ) -> None:
     folder = tmp_path_factory.mktemp("csv")
-    results.write(folder, example(metrics=metrics, epoch=epoch, machine=text, per_class=[1.0, 2.0]))
-    results.write(folder, example(seed=1))
+    beside = {"errors": {k: v / 9 for k, v in metrics.items()}, "chance": dict(list(metrics.items())[1:])}
+    results.write(folder, example(metrics=metrics, epoch=epoch, machine=text, per_class=[1.0, 2.0], **beside))
+    results.write(folder, example(seed=1, errors={}, chance={}))
     first = collect.read([folder])
     collect.export(first, folder / "results.csv")
     second = collect.read([folder / "results.csv"])
-    plain = [sorted((r["id"], *((k, r[k]) for k in results.KEYS)) for r in some) for some in (first, second)]
+    every = (*results.KEYS, "errors", "chance")
+    plain = [sorted((r["id"], *((k, r[k]) for k in every)) for r in some) for some in (first, second)]
     assert plain[0] == plain[1] and not reasons(second)
     assert len(sound(first + second)) == 2  # the same rows twice
     assert all(row["file"].endswith(".json") for row in sound(second + first))
@@ -181,10 +185,28 @@ def test_shards_of_other_bytes_are_comparable(tmp_path: Path) -> None:
     assert len(sound(read_back(tmp_path, example(), example(seed=1, **other)))) == 2
 
 
+def test_errors_and_chance_are_no_part_of_a_rows_name(tmp_path: Path) -> None:
+    """A CSV of an earlier program, without their columns, has the rows of the runs, whose files say more."""
+    beside: dict[str, Any] = {"errors": {"both R@1": 2.5}, "chance": {"both R@1": 2.8, "both R@5": 13.1}}
+    results.write(tmp_path / "run", example(**beside))
+    collect.export(collect.read([tmp_path / "run"]), tmp_path / "new.csv")
+    lines = [line.split(",") for line in (tmp_path / "new.csv").read_text().splitlines()]
+    assert [line[-5:-1] for line in lines] == [
+        ["metric", "value", "error", "chance"],
+        ["both R@1", "25.5", "2.5", "2.8"],
+        ["both R@5", "50.0", "", "13.1"],
+    ]
+    (tmp_path / "old.csv").write_text("".join(",".join([*line[:-3], line[-1]]) + "\n" for line in lines))
+    (row,) = sound(collect.read([tmp_path / "old.csv", tmp_path / "run"]))
+    assert row["errors"] == beside["errors"] and row["file"].endswith(".json")
+
+
 def test_rows_of_earlier_programs_are_read_and_keep_their_names(tmp_path: Path) -> None:
     """As they are committed, and as runs of those programs hold them: without the columns that came later."""
     committed = collect.read([ROOT / "eval" / "results.csv"])
     assert committed and all("fault" not in row for row in committed)
+    collect.export(committed, tmp_path / "again.csv")
+    assert {row["id"] for row in sound(collect.read([tmp_path / "again.csv"]))} == {row["id"] for row in committed}
     row = {key: value for key, value in example().items() if key not in results.LATER}
     text = json.dumps(row)
     path = tmp_path / "run" / "results" / f"retrieval-{results.digest(text)}.json"

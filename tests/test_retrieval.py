@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
+from conftest import ROOT
 from evaluating import CPU, Tiny, evaluate, options
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -23,7 +25,8 @@ from sklearn.neighbors import NearestNeighbors
 from eval import neighbours, retrieve
 from eval.features import video_features
 from eval.results import Data, about
-from eval.retrieve import Retrieval, chance, labellings, nearest, recall
+from eval.retrieve import Retrieval, chance, groups, hits, labellings, nearest, standard_error
+from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.trained import load_run
 
@@ -50,7 +53,8 @@ def test_recalls_are_those_of_a_naive_loop_and_of_scikit_learn(seed: int, q: int
     learned = NearestNeighbors(n_neighbors=min(k, g), metric="cosine", algorithm="brute").fit(gallery)
     np.testing.assert_array_equal(order, learned.kneighbors(queries, return_distance=False))
     expected = naive_recall(queries, gallery, q_labels.tolist(), g_labels.tolist(), k)
-    assert recall(order, q_labels, g_labels, k) == pytest.approx(expected)
+    found = hits(order, q_labels, g_labels)
+    assert found.shape == order.shape and 100 * found[:, -1].mean() == pytest.approx(expected)
 
 
 def test_neighbours_come_by_falling_cosine_and_ties_by_row() -> None:
@@ -64,10 +68,51 @@ def test_neighbours_come_by_falling_cosine_and_ties_by_row() -> None:
 def test_recall_and_chance_by_hand() -> None:
     order = np.array([[0, 1, 2], [2, 1, 0], [1, 0, 2]])
     queries, gallery = np.array([7, 7, 8]), np.array([7, 7, 9])
-    assert [recall(order, queries, gallery, k) for k in (1, 2, 3)] == pytest.approx([100 / 3, 200 / 3, 200 / 3])
+    assert hits(order, queries, gallery).tolist() == [[True] * 3, [False, True, True], [False] * 3]
     assert chance(queries, gallery) == pytest.approx(100 * (2 + 2 + 0) / 9)
     # Of 5 in the gallery 2 are right: both draws miss with 3/5 · 2/4; of the other query none is right.
     assert chance(np.array([7, 8]), np.array([7, 7, 9, 9, 9]), 2) == pytest.approx(100 * (1 - 3 / 5 * 2 / 4) / 2)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "train", "test", "largest"),
+    [("ucf101_split1", 101 * 18, 101 * 7, 7), ("hmdb51_split1", 1433, 590, 62)],
+)
+def test_groups_are_the_recordings_of_real_manifests(manifest: str, train: int, test: int, largest: int) -> None:
+    rows = Manifest.read(ROOT / "data_manifests" / f"{manifest}.csv")
+    group, subsets = groups(rows.paths), np.array(rows.subsets)
+    of_train, of_test = ({*group[subsets == name].tolist()} for name in ("train", "test"))
+    # Official splits keep recordings apart, which shows were two of them one group.
+    assert (len(of_train), len(of_test), np.bincount(group).max()) == (train, test, largest)
+    assert not of_train & of_test and len({*zip(group.tolist(), rows.labels)}) == group.max() + 1
+
+
+def test_videos_of_other_names_are_groups_of_their_own() -> None:
+    alike = ["A/v_A_g03_c01.avi", "A/v_A_g03_c12.avi", "B/v_A_g03_c01.avi", "A/v_A_g04_c01.avi"]
+    assert groups(alike).tolist() == [0, 0, 2, 1]
+    others = ["a/v_c01.avi", "a/v_c02.avi", "a/g03_c02_x.avi", "a/g03_c03_x.avi", "0001.mp4", "0002.mp4"]
+    assert len({*groups(others).tolist()}) == len(others) and groups(others).dtype == np.int64
+
+
+@given(st.integers(0, 1 << 30), st.integers(100, 200), st.sampled_from([0.0, 0.3, 3.0]))
+@settings(max_examples=15)
+def test_errors_are_those_of_the_closed_form(seed: int, recordings: int, alike: float) -> None:
+    """The cluster-robust error of a mean; `alike` is how much more groups differ than clips of one group."""
+    rng = np.random.default_rng(seed)
+    group = np.repeat(np.arange(recordings), rng.integers(1, 8, recordings))
+    hit = rng.random(len(group)) < 1 / (1 + np.exp(alike * rng.standard_normal(recordings)[group]))
+    sums = [sum(hit[group == g] - hit.mean()) for g in range(recordings)]
+    assert standard_error(hit, group) == pytest.approx(100 * math.hypot(*sums) / len(hit), rel=0.1)
+
+
+def test_clips_of_one_recording_count_once() -> None:
+    hit = np.arange(200) % 4 == 0
+    binomial = 100 * math.sqrt(0.25 * 0.75 / 200)
+    alone = standard_error(hit, np.arange(200))
+    assert alone == pytest.approx(binomial, rel=0.05) and alone == standard_error(hit, np.arange(200))
+    # Five clips each that are all found or all missed tell no more than one: √5 times what a thousand clips would have.
+    assert standard_error(np.repeat(hit, 5), np.repeat(np.arange(200), 5)) == pytest.approx(binomial, rel=0.05)
+    assert standard_error(hit, np.zeros(200, int)) == 0
 
 
 def test_labels_of_two_parts_are_scored_three_times() -> None:
@@ -92,6 +137,9 @@ def test_retrieval_finds_what_its_features_say(tiny: Tiny, joint_run: Path) -> N
             others = [sum(a != b for b in labels[1]) for a in labels[0]]
             missed = [math.comb(n, k) / math.comb(len(labels[1]), k) for n in others]
             assert found.chance[name][k] == pytest.approx(100 * (1 - sum(missed) / len(missed)))
+            p = found.recalls[name][k]  # eight videos of no known recording
+            assert found.errors[name][k] == pytest.approx(math.sqrt(p * (100 - p) / 8), rel=0.1)
+    assert found.groups == 8
     assert list(retrieve.measure(loaded, data, machine=CPU, ks=(1, 11, 12, 20)).recalls["both"]) == [1, 11]
 
 
@@ -127,11 +175,13 @@ def test_retrieve_prints_its_protocol_and_stores_the_number(
     assert lines[0].startswith("8 queries, 12 in the gallery; M-Network, 10 evenly spread clips")
     by_chance = next(line for line in lines if line.startswith("| by chance | 50.0 | "))
     assert by_chance.count("|") == lines[1].count("|") == 2 + 3 * 3 and str(picture) in lines  # R@1, 5, 10 of 12
+    errors = next(line for line in lines if line.startswith("| standard error, 8 groups resampled | "))
     path = Path(lines[-1].removeprefix("stored in "))
     assert path.parent == joint_run / "results" and path.name.startswith("retrieval-")
     row = json.loads(path.read_text())
     assert (row["kind"], row["network"], row["queries"], row["gallery"]) == ("retrieval", "motion", 8, 12)
-    assert row["protocol"] in lines[0] and row["chance"]["both R@1"] == 25
+    assert row["protocol"] in lines[0] and row["chance"]["both R@1"] == 25 and row["groups"] == 8
+    assert errors.split("|")[2:-1] == [f" {row['errors'][name]:.1f} " for name in row["metrics"]]
     heads = [f"{name} R@{k}" for name in ("context", "motion", "both") for k in (1, 5, 10)]
     assert list(row["metrics"]) == heads and lines[1] == f"|  | {' | '.join(heads)} |"
     assert lines[3] == "| small, last, epoch 1 | " + " | ".join(f"{v:.1f}" for v in row["metrics"].values()) + " |"
@@ -153,10 +203,14 @@ def test_compare_tells_runs_of_the_same_name_apart(
     said = capsys.readouterr().out
     table = [line for line in said.splitlines() if line.startswith("| ")]
     assert table[0] == "|  | context R@1 | motion R@1 | both R@1 |"
-    assert [line.split("|")[1].strip() for line in table[1:]] == ["untrained", str(joint_run), str(copy), "by chance"]
+    *networks, by_chance, error = [line.split("|")[1].strip() for line in table[1:]]
+    assert networks == ["untrained", str(joint_run), str(copy)]
+    assert (by_chance, error) == ("by chance", "largest standard error, 8 groups resampled")
     assert table[2].split("|")[2:] == table[3].split("|")[2:]
     assert table[4] == "| by chance | 50.0 | 50.0 | 25.0 |" and picture.exists()
-    assert said.count("stored in ") == 3
+    stored = [json.loads(Path(path).read_text()) for path in re.findall(r"stored in (.*)", said)]
+    largest = [max(row["errors"][f"{name} R@1"] for row in stored) for name in ("context", "motion", "both")]
+    assert len(stored) == 3 and table[5].split("|")[2:-1] == [f" {value:.1f} " for value in largest]
     assert evaluate(monkeypatch, "compare", *options(tiny)) == 1
     assert "nothing to compare: give the folders" in capsys.readouterr().err
 
@@ -179,7 +233,7 @@ def test_a_damaged_frame_is_an_error_of_one_line(
 def finding(data: Data, places: int = 3) -> Retrieval:
     """Eight queries, each of which finds the first training videos."""
     order = np.tile(np.arange(places), (8, 1))
-    return Retrieval(data, "video", np.arange(12, 20), np.arange(12), order, {}, {}, "protocol")
+    return Retrieval(data, "video", np.arange(12, 20), np.arange(12), order, {}, {}, {}, 8, "protocol")
 
 
 @pytest.mark.parametrize("plain", [False, True])

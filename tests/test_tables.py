@@ -162,6 +162,25 @@ def test_seeds_that_saw_other_bytes_are_named_under_their_table(tmp_path: Path) 
     assert all(f"- {note}\n" in tables.markdown(table) for note in table.notes)
 
 
+def test_a_table_says_its_errors_and_a_familys_begins_with_chance(tmp_path: Path) -> None:
+    place = {"dataset": "scenes", "trained_on": "scenes", "subset": "train"}
+    metrics = {f"{part} R@1": 50.0 for part in ("context", "motion", "both")}
+    errors = [{"motion R@1": 2.24, "both R@1": value} for value in (2.5, 1.97)]
+    rows = [example(seed=seed, metrics=metrics, errors=of, **place) for seed, of in enumerate(errors)]
+    rows[1]["chance"] = {"context R@1": 16.67, "both R@1": 2.78}
+    (table,) = tables.build(stored(tmp_path / "scenes", rows), ["scenes"])
+    text = tables.markdown(table).splitlines()
+    assert text[4].startswith("| chance | 16.7 |  | 2.8 |") and text[5].startswith("| untrained | not run |")
+    said = "- One standard error, groups of clips resampled: "
+    assert text[-1] == f"{said}motion R@1 2.2, both R@1 2.0 to 2.5 points."
+    split = {"dataset": "ucf101_split1", "trained_on": "ucf101_split1", "subset": "train", "epoch": 120.0}
+    row = example("pretrain-ucf101-c3d", metrics={"class R@1": 40.0}, **split)
+    plain = tables.build(stored(tmp_path / "plain", [row]), ["9"])
+    row |= {"errors": {"class R@1": 1.2}, "chance": {"class R@1": 1.0}}
+    (table,) = tables.build(stored(tmp_path / "nine", [row]), ["9"])
+    assert tables.markdown(table) == f"{tables.markdown(plain[0])}{said}UCF101 R@1 1.2 points.\n"
+
+
 def test_unknown_tables_are_named() -> None:
     with pytest.raises(ValueError, match="there is no table 10; there are 1, 2"):
         cells(["10"])

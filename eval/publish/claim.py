@@ -65,7 +65,7 @@ def _group(column: str, values: dict[str, Value]) -> str:
         f'style="--value:{v.mean:.1f};--deviation:{v.deviation:.1f}"><b>{v.mean:.0f}</b></a>'
         for row, v in values.items()
     )
-    known = [row["chance"][v.metric] for v in values.values() for row in v.rows if "chance" in row]  # no CSV has it
+    known = [chance for v in values.values() for chance in v.beside("chance")]
     line = f'<i style="--value:{known[0]:.1f}"></i>' if known else ""
     return f'<div><div class="bars">{bars}{line}</div>{SHARED[column]}</div>'
 

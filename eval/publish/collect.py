@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.results import KEYS, LATER, TEXTS, Row, digest, fault, identity
+from eval.results import KEYS, LATER, PERCENT, TEXTS, Row, digest, fault, identity
 from preprocess.command import say
 from preprocess.files import replacing
 from preprocess.manifest import Manifest, dataset_name
@@ -22,7 +22,11 @@ from train.recipes import RECIPES
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "data_manifests"
 COLUMNS = tuple(k for k in KEYS if k != "metrics")
-"""Of a CSV, before 'metric', 'value' and 'row'."""
+"""Of a CSV, before 'metric'."""
+OF_METRIC = dict(zip(("value", "error", "chance"), PERCENT))
+"""Its columns after 'metric', with what they are of a row; those after 'value' are empty, or not there, where a row has
+none."""
+HEADS = (*COLUMNS, "metric", *OF_METRIC, "row")
 COMPARED = {
     "manifest_sha256": "it was measured with another manifest",
     "shard_settings_sha256": "its shards were made with other settings of stage 1",
@@ -121,10 +125,11 @@ def export(rows: Sequence[Row], path: Path) -> None:
     """Rows as CSV, a line a metric, without what is not a number or a text (confusions stay in the runs' folders)."""
     with replacing(path) as partial_path, open(partial_path, "w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
-        writer.writerow([*COLUMNS, "metric", "value", "row"])
+        writer.writerow(HEADS)
         for row in sorted(rows, key=lambda r: (r["kind"], r["recipe"], r["seed"], r["dataset"], r["epoch"], r["id"])):
-            for name, value in row["metrics"].items():
-                writer.writerow([*(row[c] for c in COLUMNS), name, value, row["id"]])
+            for name in row["metrics"]:
+                numbers = [row.get(key, {}).get(name, "") for key in PERCENT]
+                writer.writerow([*(row[c] for c in COLUMNS), name, *numbers, row["id"]])
 
 
 def _read_json(path: Path) -> Row:
@@ -150,8 +155,7 @@ def _read_csv(path: Path) -> list[Row]:
             lines = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV of results: {error}") from error
-    wanted = {*COLUMNS, "metric", "value", "row"}
-    if odd := sorted(wanted ^ ({*(reader.fieldnames or ())} | {*LATER})):
+    if odd := sorted({*HEADS} ^ {*(reader.fieldnames or ()), *LATER, "error", "chance"}):
         raise ValueError(f"{path} is no CSV of results: {', '.join(odd)} unknown or missing")
     groups: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in lines:
@@ -164,7 +168,8 @@ def _of_lines(name: str, lines: Sequence[Mapping[str, str]]) -> Row:
     row: Row = dict.fromkeys(LATER, "") | {k: lines[0][k] for k in TEXTS if k in lines[0]}
     try:
         row |= {"seed": int(lines[0]["seed"]), "epoch": float(lines[0]["epoch"])}
-        row["metrics"] = {line["metric"]: float(line["value"]) for line in lines}
+        for column, key in OF_METRIC.items():
+            row[key] = {line["metric"]: float(line[column]) for line in lines if line.get(column)}
         row["id"] = identity(row)
     except (ValueError, TypeError) as error:  # TypeError: a line that was cut short
         return row | {"fault": f"row {name} cannot be read ({error})"}

@@ -91,6 +91,9 @@ def _head(tables: Sequence[Table], rows: Sequence[Row], refused: Refused) -> str
 def _table(table: Table, pictures: dict[str, str]) -> str:
     heads = "".join(f"<th{' class=text' * (c in TEXTS)}>{escape(c)}</th>" for c in table.columns)
     lines, mixed = [], not all(map(table.ours, table.rows))
+    if table.chance:
+        cells = "".join(f"<td>{table.chance.get(c, '')}</td>" for c in table.columns)
+        lines.append(f"<tr><th>chance</th>{cells}</tr>")
     for row in table.rows:
         cells = "".join(_cell(table.at(row, c), c) for c in table.columns)
         kind = ' class="ours"' if mixed and table.ours(row) else ""

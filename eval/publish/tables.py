@@ -46,6 +46,10 @@ class Value:
         """Sample deviation over seeds; zero of one."""
         return statistics.stdev(self.numbers) if len(self.rows) > 1 else 0.0
 
+    def beside(self, key: str) -> list[float]:
+        """Standard errors ('errors') or 'chance' of its numbers, of the rows that have them."""
+        return [row[key][self.metric] for row in self.rows if self.metric in row.get(key, {})]
+
     def __str__(self) -> str:
         if len(self.rows) == 1:
             return f"{self.mean:.1f} (1 seed)"
@@ -93,15 +97,30 @@ class Table:
     def at(self, row: str, column: str) -> Entry:
         return self.entries.get((row, column), Entry())
 
+    def beside(self, column: str, key: str) -> list[float]:
+        """`Value.beside` of a whole column."""
+        values = (self.at(row, column).value for row in self.rows)
+        return [number for value in values if value for number in value.beside(key)]
+
+    @property
+    def chance(self) -> dict[str, str]:
+        """Its first row, by column: of a family of small recipes, where a row of ours knows it."""
+        known = {c: self.beside(c, "chance") for c in self.columns if self.name not in NINE}
+        return {c: f"{of[0]:.1f}" for c, of in known.items() if of}
+
     @property
     def notes(self) -> list[str]:
-        """Sentences on some of its cells."""
+        """Sentences on some of its cells, and on the errors of its columns."""
         found: dict[str, list[str]] = {}
         for (row, column), e in self.entries.items():
             for note in (e.note if e.paper else "", e.provenance):
                 if note:
                     found.setdefault(note, []).append(f"{row}, {column}")
-        return [f"{of[0]}{' to ' + of[-1] if len(of) > 1 else ''}: {note}." for note, of in found.items()]
+        notes = [f"{of[0]}{' to ' + of[-1] if len(of) > 1 else ''}: {note}." for note, of in found.items()]
+        errors = {c: of for c in self.columns if (of := self.beside(c, "errors"))}
+        ends = {c: dict.fromkeys(f"{end:.1f}" for end in (min(of), max(of))) for c, of in errors.items()}
+        ranges = ", ".join(f"{c} {' to '.join(of)}" for c, of in ends.items())
+        return notes + [f"One standard error, groups of clips resampled: {ranges} points."] * bool(errors)
 
     def ours(self, row: str) -> bool:
         """Whether one of our runs fills something of a row."""
@@ -117,6 +136,8 @@ def build(rows: Sequence[Row], names: Iterable[str] = (*NINE, *FAMILIES)) -> lis
             tables.append(_table(name, TITLES[name], entries, rows))
             continue
         entries = {(cell.row, cell.column): Entry(cell=cell) for cell in cells([name])}
+        if not entries:  # no recipe of it
+            continue
         for dataset in sorted({r["dataset"] for r in rows if r["recipe"].split("-")[0] == name}) or [""]:
             label = name if dataset in ("", name) else f"{name} on {dataset}"
             tables.append(_table(label, TITLES[name], entries, rows, dataset))
@@ -160,10 +181,12 @@ def _provenance(value: Value | None, usual: Mapping[str, Mapping[str, str]]) -> 
 
 
 def markdown(table: Table) -> str:
-    """Three lines a row of ours (paper, ours, difference), one a row of others."""
+    """Three lines a row of ours (paper, ours, difference), one a row of others and of chance."""
     nine = table.name in NINE
     lines = [f"### {table.heading}", "", "| " * (1 + nine) + "| " + " | ".join(table.columns) + " |"]
     lines.append("|---|" + "---|" * nine + "---:|" * len(table.columns))
+    if table.chance:
+        lines.append("| chance | " + " | ".join(table.chance.get(c, "") for c in table.columns) + " |")
     for row in table.rows:
         entries = [table.at(row, c) for c in table.columns]
         parts = []
