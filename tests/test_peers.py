@@ -15,6 +15,7 @@ from evaluating import CPU
 from hypothesis import given
 from hypothesis import strategies as st
 from running import RUNTIME, Tiny, assert_same_run, lines, run_again
+from torch.utils.data import default_collate
 
 from eval import pretext, retrieve
 from eval.results import Data
@@ -25,6 +26,7 @@ from train.config import Comparison, Config, Peer
 from train.data import decode_frames
 from train.draws import Sampling
 from train.loop import train
+from train.model import build_model
 from train.peers import PEERS, ClipContrast, ClipOrder, Pace, make_peer
 from train.peers.clips import ClipTuples
 from train.peers.order import OrderHead
@@ -159,6 +161,19 @@ def test_contrast_against_its_definition() -> None:
     found = peer.loss(torch.from_numpy(z), torch.zeros(6, dtype=torch.long))
     assert found.value.item() == pytest.approx(loss) and found.accuracy is not None
     assert found.accuracy.item() == pytest.approx(right / 12)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_what_is_found_of_a_video_does_not_depend_on_those_beside_it(tiny: Tiny, name: str) -> None:
+    shards, config = ShardSet(tiny[0]), tiny_config(f"scenes-{name}")
+    task = make_task(config, shards, None)
+    torch.manual_seed(0)
+    model = build_model(config, 4).eval()
+    samples = [task.data[0, i] for i in range(3)]
+    together = model(task.inputs(default_collate(samples))[0])
+    for i, sample in enumerate(samples):
+        alone = model(task.inputs(default_collate([sample]))[0])
+        torch.testing.assert_close(together[i : i + 1], alone)
 
 
 # ---- a run
