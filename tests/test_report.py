@@ -178,6 +178,13 @@ def test_the_first_screen_claims_nothing_that_did_not_run() -> None:
     assert "frozen" not in text
 
 
+def test_a_familys_table_begins_with_chance(tmp_path: Path) -> None:
+    place: dict[str, Any] = {"dataset": "scenes", "trained_on": "scenes", "subset": "train", "file": "", "id": "row"}
+    row = example(**place, metrics={"motion R@1": 50.0}, chance={"motion R@1": 16.7})
+    text = page.page(tables.build([row], ["scenes"]), [row], [], tmp_path)
+    assert "<tbody><tr><th>chance</th><td></td><td>16.7</td><td></td></tr><tr><th>untrained" in text
+
+
 def test_the_pictures_of_a_clip_are_its_frames(tiny: Tiny) -> None:
     frames, rate = neighbours.moving(ShardSet(tiny[0]), 13)
     picture = decoded(page.animation(frames, rate))

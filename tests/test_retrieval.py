@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +208,15 @@ def test_compare_tells_runs_of_the_same_name_apart(
     assert (by_chance, error) == ("by chance", "largest standard error, 8 groups resampled")
     assert table[2].split("|")[2:] == table[3].split("|")[2:]
     assert table[4] == "| by chance | 50.0 | 50.0 | 25.0 |" and picture.exists()
-    stored = [json.loads(Path(path).read_text()) for path in re.findall(r"stored in (.*)", said)]
-    largest = [max(row["errors"][f"{name} R@1"] for row in stored) for name in ("context", "motion", "both")]
-    assert len(stored) == 3 and table[5].split("|")[2:-1] == [f" {value:.1f} " for value in largest]
+    assert said.count("stored in ") == 3
     assert evaluate(monkeypatch, "compare", *options(tiny)) == 1
     assert "nothing to compare: give the folders" in capsys.readouterr().err
+
+
+def test_of_several_networks_the_largest_error_is_printed(tiny: Tiny) -> None:
+    first = replace(finding(Data.open(*tiny)), **{key: {"class": {1: 40.0}} for key in ("recalls", "errors", "chance")})
+    found = {str(error): replace(first, errors={"class": {1: error}}) for error in (1.5, 2.5, 0.5)}
+    assert retrieve.compared(found).endswith("| largest standard error, 8 groups resampled | 2.5 |")
 
 
 def test_a_damaged_frame_is_an_error_of_one_line(

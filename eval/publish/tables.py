@@ -117,10 +117,9 @@ class Table:
                 if note:
                     found.setdefault(note, []).append(f"{row}, {column}")
         notes = [f"{of[0]}{' to ' + of[-1] if len(of) > 1 else ''}: {note}." for note, of in found.items()]
-        errors = {c: of for c in self.columns if (of := self.beside(c, "errors"))}
-        ends = {c: dict.fromkeys(f"{end:.1f}" for end in (min(of), max(of))) for c, of in errors.items()}
-        ranges = ", ".join(f"{c} {' to '.join(of)}" for c, of in ends.items())
-        return notes + [f"One standard error, groups of clips resampled: {ranges} points."] * bool(errors)
+        if errors := [f"{c} {_range(of)}" for c in self.columns if (of := self.beside(c, "errors"))]:
+            notes.append(f"One standard error, groups of clips resampled: {', '.join(errors)} points.")
+        return notes
 
     def ours(self, row: str) -> bool:
         """Whether one of our runs fills something of a row."""
@@ -167,6 +166,11 @@ def _usual(values: Iterable[Value], key: str, among: str) -> dict[str, str]:
     rows = {row["id"]: row for value in values for row in value.rows}
     counted = Counter((row[among], row[key]) for row in rows.values())
     return {name: of for (name, of), _ in sorted(counted.items(), key=lambda item: (item[1], item[0]))}
+
+
+def _range(numbers: Sequence[float]) -> str:
+    ends = (f"{min(numbers):.1f}", f"{max(numbers):.1f}")
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _provenance(value: Value | None, usual: Mapping[str, Mapping[str, str]]) -> str:
