@@ -41,7 +41,7 @@ RECENT = 100  # lines of metrics whose clips per second count
 PYTHON = (sys.executable, "-m")
 """What starts a command."""
 SPARE = 1.5  # time asked of SLURM, over the estimate
-PUBLISHED = {"ucf101": (9537, 3783), "hmdb51": (3570, 1530), "k400": (246_000, 0)}
+PUBLISHED = {"ucf101": (9537, 3783), "hmdb51": (3570, 1530), "k400": (246_000, 0), "ucf20": (1947, 776)}
 """(training, test) videos of data sets that are not at hand."""
 
 TASK = """#!/bin/bash
