@@ -191,7 +191,7 @@ for base in ("small", "scenes", "ucf20"):
     vary(base, "mse", "Beside the paper, as in table 1: mean squared error.", {"objective.motion_loss": "mse"})
     about = "Beside the paper, as in table 1: quantised vectors, cross-entropy."
     vary(base, "crossent", about, {"objective.motion_loss": "cross_entropy"})
-for base in (C3D, "small", "scenes"):
+for base in (C3D, "small", "scenes", "ucf20"):
     for ending, motion in ("residual", "vectors+residual"), ("residual-only", "residual"):
         about = f"Beside the paper, after its section 5: {motion} (python -m preprocess run --residuals)."
         vary(base, ending, about, {"sampling.motion": motion})
