@@ -198,6 +198,25 @@ def test_runs_that_are_others_are_not_used(tmp_path: Path) -> None:
     assert f"--out {tmp_path / 'e'} " in str(step)  # to be finished
 
 
+def test_weights_that_a_run_did_not_keep_are_missed_in_the_plan(tmp_path: Path) -> None:
+    run = put_run(tmp_path / "mine", C3D, 30.0)  # of table 7's epochs it has passed 1, 5, 10 and 20
+    for epoch in (1, 5, 20):
+        (run / f"epoch-{epoch:04d}.pt").touch()
+    lacking = {step for step in planned(("7",), tmp_path) if step.lacks}
+    weights = [step.command[step.command.index("--weights") + 1] for step in lacking]
+    assert weights and set(weights) == {"epoch-0010"}
+    assert {step.lacks for step in lacking} == {f"{run} did not keep epoch-0010: train elsewhere with --keep-epochs"}
+
+
+def test_motion_that_the_shards_do_not_have_is_missed_in_the_plan(tmp_path: Path, tiny: tuple[Path, Path]) -> None:
+    steps = planned(("scenes",), tmp_path, data=[AtHand("scenes", *tiny)])
+    assert {step.command[1] for step in steps if step.command[0] == "train" and step.lacks} == {
+        "scenes-residual", "scenes-residual-only",
+    }  # fmt: skip
+    for step in steps:
+        assert bool(step.lacks) == ("residual" in str(step)) and ("run --residuals" in step.lacks) == bool(step.lacks)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

@@ -105,7 +105,7 @@ class TrainingSet(Dataset[Sample]):
         unread: Modality | None = None,
     ) -> None:
         if with_motion:
-            _check_motion(shards, sampling)
+            check_motion(shards, sampling)
         self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
         self.seed, self.with_iframe, self.with_motion, self.unread = seed, with_iframe, with_motion, unread
         self.video, self.failed = select(shards, manifest)
@@ -277,7 +277,7 @@ class ClipSet(Dataset[Sample]):
         at_least("clips", clips, 1)
         one_of("modality", modality, ("video", "iframe", "motion"))
         if modality == "motion":
-            _check_motion(shards, sampling)
+            check_motion(shards, sampling)
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
         self.shards, self.sampling, self.clips, self.modality = shards, sampling, clips, modality
@@ -430,7 +430,7 @@ def _columns(shard: Shard, sampling: Sampling) -> list[np.ndarray]:
     return [getattr(shard, name) for name in COLUMNS[sampling.motion]]
 
 
-def _check_motion(shards: ShardSet, sampling: Sampling) -> None:
+def check_motion(shards: ShardSet, sampling: Sampling) -> None:
     """Raise ValueError where the shards do not have what `_columns` gives."""
     try:
         for shard in shards.shards:

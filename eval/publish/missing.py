@@ -31,8 +31,10 @@ from eval.results import Row
 from preprocess.command import DONE, INTERRUPTED, TERMINATED, WITH_FAILURES, say
 from preprocess.files import write_text
 from preprocess.manifest import Manifest
+from preprocess.shards import ShardSet
 from train import cost, runs
 from train.config import Config
+from train.data import check_motion
 from train.recipes import RECIPES
 
 VERBS = {"retrieval": "retrieve", "classification": "classify", "pretext": "pretext"}
@@ -163,12 +165,15 @@ class Place:
             options += ["--pretrained", str(self._run(first))]
         hours, measured = self._hours(wanted)
         what = ("train", wanted.recipe, "--out", str(self._run(wanted)))
-        return self._step(what, options, hours * left, measured, before, trained_on(wanted.recipe))
+        lacks = self._lacks(wanted)
+        return self._step(what, options, hours * left, measured, before, trained_on(wanted.recipe), lacks)
 
     def evaluation(self, cell: Cell, seed: int) -> Step:
         of = Training(cell.recipe, cell.pretraining, seed)
-        last = cell.epoch == of.config.epochs
-        options = ["--weights", "last" if last else f"epoch-{cell.epoch:04d}" if cell.epoch else "initial"]
+        last, kept, there = cell.epoch == of.config.epochs, f"epoch-{cell.epoch:04d}", self.existing.get(of)
+        options = ["--weights", "last" if last else kept if cell.epoch else "initial"]
+        gone = there and 0 < cell.epoch <= there.epoch and not last and not (there.folder / f"{kept}.pt").exists()
+        lacks = f"{there.folder} did not keep {kept}: train elsewhere with --keep-epochs" if there and gone else ""
         if cell.kind == "retrieval":
             options += ["--network", cell.network]
         hours, measured = self._hours(of)
@@ -176,14 +181,32 @@ class Place:
         clips = {"retrieval": CLIPS * (train + test), "classification": CLIPS * test, "pretext": test}[cell.kind]
         hours *= FORWARD * clips / (of.config.epochs * self._videos(trained_on(cell.recipe))[0])
         what = ("eval", VERBS[cell.kind], str(self._run(of)))
-        return self._step(what, options, hours, measured, self.training(of), cell.data)
+        return self._step(what, options, hours, measured, self.training(of), cell.data, lacks)
+
+    def _lacks(self, training: Training) -> str:
+        """What its shards, where they are at hand, lack of the motion that it predicts: flow, or residuals."""
+        data, sampling = self.data.get(trained_on(training.recipe)), training.config.sampling
+        if data is None or sampling.motion == "vectors" or not data.shards.exists():
+            return ""
+        try:
+            check_motion(ShardSet(data.shards), sampling)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _step(
-        self, what: tuple[str, ...], options: list[str], hours: float, measured: bool, after: Step | None, data: str
+        self,
+        what: tuple[str, ...],
+        options: list[str],
+        hours: float,
+        measured: bool,
+        after: Step | None,
+        data: str,
+        lacks: str,
     ) -> Step:
         d = self.data.get(data)
         shards, manifest = (str(d.shards), str(d.manifest)) if d else ("SHARDS", "MANIFEST")
-        lacks = "" if d else f"--data {data}=SHARDS:MANIFEST is not given"
+        lacks = lacks if d else f"--data {data}=SHARDS:MANIFEST is not given"
         command = (*what, "--shards", shards, "--manifest", manifest, *options, *self.flags[what[0]])
         return Step(command, hours, measured, after, lacks or (after.lacks if after else ""))
 
