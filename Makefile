@@ -1,7 +1,7 @@
 # make demo   the main job on the embedded data: scenes -> shards -> training -> retrieval, a table and a picture
 # make demo-all  adds context alone and motion alone, a diagnosis and a report (half an hour)
 # make test   the test suite; make soak runs the full counts of faults and kills
-# make bench  what is claimed about speed; make lint  style and types
+# make bench CLIPS=…  what is claimed about speed, half an hour, on a folder of videos; make lint  style and types
 # make gpu SHARDS=… MANIFEST=…  what is claimed about GPUs, within 25 minutes of one; without one, a dry run
 # The first of them sets up .venv with pinned versions. PYTHON chooses the interpreter (3.10 or later).
 
@@ -23,7 +23,7 @@ $(VENV)/ready: requirements.txt setup.cfg
 scenes: $(VENV)/ready
 	$(PY) -m preprocess synthetic --out $(OUT)/scenes --workers $(WORKERS)
 	$(PY) -m preprocess run $(OUT)/scenes/manifest.csv --videos $(OUT)/scenes --out $(OUT)/shards --workers $(WORKERS) \
-		--width 176 --height 144 --frame-width 112 --frame-height 92
+		--residuals --width 176 --height 144 --frame-width 112 --frame-height 92
 	$(PY) -m preprocess inspect $(OUT)/shards --sample 2 --out $(OUT)/shards.png
 
 demo: scenes
@@ -44,11 +44,11 @@ soak: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m soak --timeout 3600
 
 bench: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(PY) -m benchmarks.stage1
-	OMP_NUM_THREADS=1 $(PY) -m benchmarks.residuals
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.stage1 $(if $(CLIPS),--clips $(CLIPS))
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.residuals $(if $(CLIPS),--videos $(CLIPS))
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.flow
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.motion_loss
-	OMP_NUM_THREADS=1 $(PY) -m benchmarks.loader
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.loader $(if $(CLIPS),--videos $(CLIPS))
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.busy
 

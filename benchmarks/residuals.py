@@ -1,4 +1,4 @@
-"""python -m benchmarks.residuals --videos FILE...
+"""python -m benchmarks.residuals --videos FOLDER_OR_FILE...
 
 Takes about a minute and a half on one idle CPU core and ends with a Markdown table, a line a video: what residuals add
 to stage 1, and how far from them one comes by CoViAR's way.
@@ -29,14 +29,15 @@ from preprocess.writer import Spool
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--videos", type=Path, nargs="+", help=f"default: all of {CLIPS}")
+    parser.add_argument("--videos", type=Path, nargs="+", help=f"videos or folders of them; default {CLIPS}")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one turn: whether it runs, not how fast")
     options = parser.parse_args()
     print("| video | frames | stage 1, µs a frame: without, with | ratio ", end="")
     print("| alone, µs a frame: exact, CoViAR's | energy: exact, CoViAR's | CoViAR's / exact | half |")
     print("|---|" + "---:|" * 7)
-    for video in options.videos or sorted((ROOT / CLIPS).iterdir()):
+    places = options.videos or [ROOT / CLIPS]
+    for video in (v for place in places for v in (sorted(place.iterdir()) if place.is_dir() else [place])):
         frames, without, with_them = stage1(str(video), 1 if options.quick else options.turns)
         ratio = median(b / a for a, b in zip(without, with_them))
         (exact, fast), (whole, slow), half = alone(str(video))
