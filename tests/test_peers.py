@@ -50,6 +50,20 @@ def test_a_peer_differs_from_the_recipe_beside_it_in_the_task_alone() -> None:
             assert all(getattr(mine, f.name) == getattr(ours, f.name) for f in fields(Config))
 
 
+@pytest.mark.parametrize(
+    ("peer", "complaint"),
+    [
+        ({"name": "speed"}, "peer is 'speed'; choose one of order, pace, contrast"),
+        ({"clips": 6}, "clips is 6, which have 720 orders; choose 2 to 5"),
+        ({"paces": 1}, "paces is 1"),
+        ({"temperature": 0.0}, "temperature is 0"),
+    ],
+)
+def test_what_no_task_can_be(peer: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Peer(**peer)
+
+
 # ---- what is drawn
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -98,6 +99,8 @@ class Peer:
         one_of("peer", self.name, ("order", "pace", "contrast"))
         for name, least in (("clips", 2), ("gap", 0), ("paces", 2)):
             at_least(name, getattr(self, name), least)
+        if self.clips > 5:
+            raise ValueError(f"clips is {self.clips}, which have {math.factorial(self.clips)} orders; choose 2 to 5")
         positive("temperature", self.temperature)
 
 
