@@ -33,7 +33,7 @@ class ClipTuples(Dataset[Sample]):
         if not len(self.video):
             raise ValueError(
                 f"none of {len(video)} videos has the {self.peer.needed} frames that {config.peer.name} needs; choose "
-                "fewer frames"
+                "fewer frames, or fewer of its clips or paces"
             )
 
     def __len__(self) -> int:
