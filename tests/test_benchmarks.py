@@ -155,6 +155,11 @@ def test_the_limit_of_stage_1_encodes_as_stage_1_does(clip: Path, tmp_path: Path
     assert [bytes(p) for p in limit_packets(str(clip))] == ours and run_limit(str(clip), tmp_path) == len(ours) == 14
 
 
+@pytest.mark.parametrize("way", ["limit", "ours"])
+def test_the_ways_through_stage_1_answer(clip: Path, tmp_path: Path, way: str) -> None:
+    assert json.loads(run("stage1", "--case", way, str(tmp_path), "1"))["frames"] == 14
+
+
 def test_the_phases_of_stage_1_make_up_the_whole(clip: Path, tmp_path: Path) -> None:
     found = json.loads(run("stage1", "--case", "phases", str(tmp_path), "1"))
     assert found["frames"] == 14 and set(found["phases"]) == {*LIMIT_PHASES, *OUR_PHASES, "rest"}
