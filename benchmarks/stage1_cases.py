@@ -130,9 +130,10 @@ def run_ours(scratch: Path, videos_per_shard: int, workers: int) -> dict[str, in
 
 
 def peak(process: int | str) -> int:
-    """Most memory that was ever resident in a process, bytes. (getrusage would count what it was forked from.)"""
+    """Most memory that was ever resident in a process, bytes. (getrusage would count what it was forked from.) Zero of
+    one that has just ended."""
     status = Path(f"/proc/{process}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
 class Stopwatch:
