@@ -204,7 +204,7 @@ for base in (C3D, "scenes", "ucf20"):
     common = {f.name: getattr(RECIPES[base].config, f.name) for f in fields(Config)}
     for peer, about in PEERS.items():
         add(f"{base}-{peer}", f"Another task on the same terms: {about}.", Comparison(**common, peer=Peer(peer)))
-for percent in (50, 80, 90):
+for percent in (50, 80):
     vary(
         "scenes",
         f"alpha{percent}",
