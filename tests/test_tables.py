@@ -292,7 +292,7 @@ def test_plots_show_paper_and_ours_at_their_places(monkeypatch: pytest.MonkeyPat
             assert list(ours.get_ydata()) == [e.value.mean for e in entries if e.value]
     # From context alone to motion alone.
     axes = list(drawn.values())[2].axes[0]
-    assert [list(c.lines[0].get_xdata()) for c in axes.containers] == [[0, 0.5, 0.8, 0.9, 0.95, 1]] * 3
+    assert [list(c.lines[0].get_xdata()) for c in axes.containers] == [[0, 0.5, 0.8, 0.95, 1]] * 3
     assert [c.get_label() for c in axes.containers] == ["context R@1", "motion R@1", "both R@1"]
     bars = axes.containers[0].lines[2][0].get_segments()
     value = made["scenes"].at("scenes-context", "context R@1").value
