@@ -225,7 +225,7 @@ def equation_2(batches: tuple[int, ...], device: torch.device) -> dict[str, Any]
 
 
 def loader(config: Config, shards: ShardSet, seconds: float) -> dict[str, Any]:
-    data = PretrainSet(shards, None, config.sampling, config.cropping, config.photometric)
+    data = PretrainSet(shards, None, config)
     cores = len(os.sched_getaffinity(0))
     return {"cores": cores, "clips_per_second": throughput(data, cores, config.batch_size, 2 * seconds)}
 

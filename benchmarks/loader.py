@@ -44,9 +44,9 @@ from benchmarks.common import CLIPS, clock, endless, median, open_shards
 from benchmarks.ways import missing, readers, recorded
 from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
+from train.config import Config
 from train.data import EpochSampler, PretrainSet
 from train.device import channels_last
-from train.draws import Cropping, Photometric, Sampling
 from train.loader import make_loader
 from train.networks import build_video_network
 from train.optimiser import make_optimiser
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def pretrain_set(shards: ShardSet) -> PretrainSet:
-    return PretrainSet(shards, None, Sampling(), Cropping(), Photometric(), 0)
+    return PretrainSet(shards, None, Config())
 
 
 # 1. Speed

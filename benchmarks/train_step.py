@@ -161,7 +161,7 @@ def turn(
     """Time some steps on one batch over and over, then with a loader of their own, after as many as it had ready."""
     on_gpu = device.type == "cuda"
     choose_kernels(case)
-    data = PretrainSet(shards, None, config.sampling, config.cropping, config.photometric)
+    data = PretrainSet(shards, None, config)
     batches = iter(make_loader(data, workers, device, batch_sampler=endless(len(data), case.batch, number)))
     same = repeat(next(batches))
     timed(step, same, 2, device)  # networks are compiled, and kernels chosen

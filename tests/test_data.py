@@ -9,7 +9,6 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from preprocess.manifest import Manifest
 from preprocess.schema import INTRA, Failure, Origin, Settings
 from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
-from train.config import Objective, Pretraining
+from train.config import Config, Objective, Pretraining
 from train.data import ClipSet, EpochSampler, FinetuneSet, PretrainSet, decode_frames, select
 from train.draws import Cropping, Photometric, Sampling
 from train.loader import make_loader
@@ -101,7 +100,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def pretrain(shards: ShardSet, sampling: Sampling = Sampling(), seed: int = 0) -> PretrainSet:  # noqa: B008 - frozen
-    return PretrainSet(shards, None, sampling, Cropping(), Photometric(), seed)
+    return PretrainSet(shards, None, Config(sampling=sampling, seed=seed))
 
 
 def some(rows: dict[str, str]) -> Manifest:
@@ -230,9 +229,7 @@ def test_a_manifest_selects_by_path(shards: ShardSet) -> None:
     data = PretrainSet(
         shards,
         some({"4.avi": "jump", "0.avi": "", FAILED: "run", "1.avi": "run"}),
-        Sampling(),
-        Cropping(),
-        Photometric(),
+        Config(),
     )
     assert data.video.tolist() == [4, 0, 1] and data.label.tolist() == [0, 0, 1]
     assert (data.failed, data.dropped) == (1, 0)
@@ -253,12 +250,14 @@ MANY = 3000
 FEW = Sampling(frames=2, stride=60, motion_frames=2, negatives=2)  # a span of 61 frames, of which two are decoded
 # Of such boxes none is refused for leaving the frame.
 COLOURS = Photometric(blur_p=0.6, jitter_p=0.7, grey_p=0.25, still_removed_p=0.4)
-VIEWS = (Cropping(area=(0.1, 0.5), aspect=(0.8, 1.6), flip=0.3), COLOURS)
+DRAWN = Pretraining(
+    sampling=FEW, cropping=Cropping(area=(0.1, 0.5), aspect=(0.8, 1.6), flip=0.3), photometric=COLOURS, seed=11
+)
 
 
 @pytest.fixture(scope="module")
 def drawn(shards: ShardSet) -> list[dict]:
-    data = PretrainSet(shards, some({PATHS[0]: ""}), FEW, *VIEWS, seed=11)
+    data = PretrainSet(shards, some({PATHS[0]: ""}), DRAWN)
     return [data[epoch, 0] for epoch in range(MANY)]
 
 
@@ -318,7 +317,7 @@ def test_clips_lose_what_stands_still_at_its_rate_and_nothing_else_is_drawn_othe
     removed = np.array([s["clip_still_removed"] for s in drawn])
     np.testing.assert_allclose(removed.mean(), 0.4, atol=4 * (0.24 / MANY) ** 0.5)
     assert_independent(removed, [s["clip_flip"] for s in drawn], [s["motion_flip"][-1] for s in drawn])
-    plain = PretrainSet(shards, some({PATHS[0]: ""}), FEW, VIEWS[0], replace(COLOURS, still_removed_p=0.0), seed=11)
+    plain = PretrainSet(shards, some({PATHS[0]: ""}), DRAWN.changed({"photometric.still_removed_p": 0.0}))
     for epoch in range(5):
         assert same(plain[epoch, 0] | {"clip_still_removed": removed[epoch]}, drawn[epoch])
         assert not plain[epoch, 0]["clip_still_removed"]
@@ -377,7 +376,7 @@ def test_motion_around_the_clips_centres(shards: ShardSet) -> None:
 
 
 def test_finetuning_clips(shards: ShardSet) -> None:
-    data = FinetuneSet(shards, None, Sampling(), Cropping(), Photometric(), seed=5)
+    data = FinetuneSet(shards, None, Config(seed=5))
     assert len(data) == 7
     starts = set()
     for epoch in range(60):
@@ -426,14 +425,12 @@ def test_epochs_and_seeds_shuffle_anew() -> None:
 
 # ---- what is refused
 
-VIEW = (Cropping(), Photometric())
-
 
 @pytest.mark.parametrize(
     ("make_one", "message"),
     [
         (
-            lambda s: PretrainSet(s, None, Sampling(frames=161), *VIEW),
+            lambda s: PretrainSet(s, None, Config(sampling=Sampling(frames=161))),
             r"none of 7 videos has the 171 frames .* at stride 1 .*choose fewer frames",
         ),
         (
@@ -445,7 +442,7 @@ VIEW = (Cropping(), Photometric())
             r"1 labels.*1\.avi is 'jump' here, 'run' there",
         ),
         (lambda s: select(s, some({FAILED: "jump"})), "names no video"),
-        (lambda s: FinetuneSet(unlabelled(s), None, Sampling(), *VIEW), r"1 videos have no label \(3\.avi\)"),
+        (lambda s: FinetuneSet(unlabelled(s), None, Config()), r"1 videos have no label \(3\.avi\)"),
         (
             lambda s: ClipSet(s, None, Sampling(), modality="flow"),  # type: ignore[arg-type]
             "'flow'; choose one of video, iframe, motion",

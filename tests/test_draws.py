@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from preprocess.schema import INTRA
 from preprocess.shards import ShardSet
+from train.config import Config
 from train.data import PretrainSet
 from train.draws import (
     Cropping,
@@ -236,7 +237,7 @@ def without_iframes(first: int, count: int) -> list[int | None]:
     "sampling", [Sampling(16, 4, 8, 2, "future", negatives=2), Sampling(9, 3, 5, 4, "current", negatives=2)]
 )
 def test_clips_and_windows_hold_the_frames_they_should(numbered: ShardSet, sampling: Sampling) -> None:
-    data = PretrainSet(numbered, None, sampling, Cropping(), Photometric(), seed=1)
+    data = PretrainSet(numbered, None, Config(sampling=sampling, seed=1))
     frames, stride, window, gap = sampling.frames, sampling.stride, sampling.motion_frames, sampling.gap
     starts = set()
     for epoch in range(12):

@@ -25,8 +25,9 @@ from preprocess import check, flow, pipeline, writer
 from preprocess.codec import Codec
 from preprocess.schema import INTRA, Settings
 from preprocess.shards import Shard, ShardSet
+from train.config import Config
 from train.data import ClipSet, FinetuneSet, PretrainSet
-from train.draws import Cropping, Photometric, Sampling
+from train.draws import Sampling
 
 SMALL = Settings(width=120, height=88, frame_width=48, frame_height=32, gop=3)  # a grid of 6 x 8, half outside
 PAN = (3, -2)
@@ -243,7 +244,7 @@ def test_data_sets_read_the_flow_where_they_are_told_to(tmp_path: Path) -> None:
     shard = shards.shards[0]
     vectors = Sampling(frames=4, stride=2, motion_frames=3, negatives=2)
     chosen = replace(vectors, motion="flow")
-    pretraining = [PretrainSet(shards, None, s, Cropping(), Photometric()) for s in (vectors, chosen)]
+    pretraining = [PretrainSet(shards, None, Config(sampling=s)) for s in (vectors, chosen)]
     clips = [ClipSet(shards, None, s, 5, "motion") for s in (vectors, chosen)]
     for index in range(2):
         for a, b in ((d[3, index] for d in pretraining), (d[index] for d in clips)):
@@ -264,11 +265,11 @@ def test_shards_without_flow_are_refused_where_flow_is_wanted(tmp_path: Path) ->
         rf"python -m preprocess flow {tmp_path} --videos FOLDER, or choose motion=vectors"
     )
     with pytest.raises(ValueError, match=words):
-        PretrainSet(shards, None, sampling, Cropping(), Photometric())
+        PretrainSet(shards, None, Config(sampling=sampling))
     with pytest.raises(ValueError, match=words):
-        FinetuneSet(shards, None, sampling, Cropping(), Photometric(), with_motion=True)
+        FinetuneSet(shards, None, Config(sampling=sampling), with_motion=True)
     with pytest.raises(ValueError, match=words):
         ClipSet(shards, None, sampling, modality="motion")
     # What shows no motion needs none.
-    assert len(FinetuneSet(shards, None, sampling, Cropping(), Photometric())) == 2
+    assert len(FinetuneSet(shards, None, Config(sampling=sampling))) == 2
     assert len(ClipSet(shards, None, sampling)) == 2

@@ -66,7 +66,7 @@ def test_samples_are_drawn_as_in_training_with_the_seed_of_the_run(
     order = np.random.default_rng([5, 0]).permutation(8)
     assert [batch["index"].tolist() for batch in seen] == [order[:4].tolist(), order[4:].tolist()] * 2
     c = run.config
-    samples = data.PretrainSet(opened.shards, opened.manifest.subset("test"), c.sampling, c.cropping, c.photometric, 5)
+    samples = data.PretrainSet(opened.shards, opened.manifest.subset("test"), replace(c, seed=5))
     for batch in seen[:2]:
         for place, index in enumerate(batch["index"].tolist()):
             sample = samples[0, index]

@@ -23,8 +23,9 @@ from preprocess.schema import INTRA, NO_RESIDUAL, Settings
 from preprocess.shards import Shard, ShardSet
 from preprocess.writer import Spool
 from train import cost
+from train.config import Config
 from train.data import ClipSet, PretrainSet
-from train.draws import Cropping, Photometric, Sampling
+from train.draws import Sampling
 from train.model import build_model
 from train.recipes import RECIPES
 
@@ -153,7 +154,7 @@ def test_data_sets_read_residuals_where_they_are_told_to(tmp_path: Path) -> None
     vectors = Sampling(frames=4, stride=2, motion_frames=3, negatives=2)
     both, alone = (replace(vectors, motion=motion) for motion in ("vectors+residual", "residual"))
     every = vectors, both, alone
-    pretraining = [PretrainSet(shards, None, s, Cropping(), Photometric()) for s in every]
+    pretraining = [PretrainSet(shards, None, Config(sampling=s)) for s in every]
     clips = [ClipSet(shards, None, s, 5, "motion") for s in every]
     for index in range(2):
         for samples in ([d[3, index] for d in pretraining], [d[index] for d in clips]):
@@ -171,7 +172,7 @@ def test_shards_without_residuals_are_refused_where_they_are_wanted(tmp_path: Pa
     write(tmp_path, [40, 40])
     words = r"motion is vectors\+residual, but shard-00000\.residual\.h5 is missing.* or choose motion=vectors"
     with pytest.raises(ValueError, match=words):
-        PretrainSet(ShardSet(tmp_path), None, Sampling(motion="vectors+residual"), Cropping(), Photometric())
+        PretrainSet(ShardSet(tmp_path), None, Config(sampling=Sampling(motion="vectors+residual")))
 
 
 def test_the_m_network_and_the_losses_know_what_they_see() -> None:

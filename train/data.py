@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from preprocess.shards import Shard, ShardSet, expect
+from train.config import Config
 from train.draws import (
-    Cropping,
     Motion,
-    Photometric,
     Sampling,
     at_least,
     clip_starts,
@@ -95,19 +94,18 @@ class TrainingSet(Dataset[Sample]):
         self,
         shards: ShardSet,
         manifest: Manifest | None,
-        sampling: Sampling,
-        cropping: Cropping,
-        photometric: Photometric,
-        seed: int,
+        config: Config,
         *,
         with_iframe: bool,
         with_motion: bool,
         unread: Modality | None = None,
     ) -> None:
+        sampling = config.sampling
         if with_motion:
             check_motion(shards, sampling)
-        self.shards, self.sampling, self.cropping, self.photometric = shards, sampling, cropping, photometric
-        self.seed, self.with_iframe, self.with_motion, self.unread = seed, with_iframe, with_motion, unread
+        self.shards, self.sampling, self.cropping = shards, sampling, config.cropping
+        self.photometric, self.seed = config.photometric, config.seed
+        self.with_iframe, self.with_motion, self.unread = with_iframe, with_motion, unread
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
         long = [largest_stride(f, sampling) > 0 for f in shards.frames[self.video].tolist()]
@@ -204,20 +202,12 @@ class PretrainSet(TrainingSet):
     """
 
     def __init__(
-        self,
-        shards: ShardSet,
-        manifest: Manifest | None,
-        sampling: Sampling,
-        cropping: Cropping,
-        photometric: Photometric,
-        seed: int = 0,
-        unread: Modality | None = None,
+        self, shards: ShardSet, manifest: Manifest | None, config: Config, unread: Modality | None = None
     ) -> None:
-        views = (cropping, photometric)
-        super().__init__(shards, manifest, sampling, *views, seed, with_iframe=True, with_motion=True, unread=unread)
+        super().__init__(shards, manifest, config, with_iframe=True, with_motion=True, unread=unread)
         if not self.serves.any():
             raise ValueError(
-                f"none of {len(self)} videos has the {sampling.needed(1)} frames that a clip at stride 1 and its "
+                f"none of {len(self)} videos has the {self.sampling.needed(1)} frames that a clip at stride 1 and its "
                 "motion window need; choose fewer frames or motion_frames"
             )
         self.dropped = int((~self.serves).sum())
@@ -231,19 +221,8 @@ class FinetuneSet(TrainingSet):
     a video has no label.
     """
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        manifest: Manifest | None,
-        sampling: Sampling,
-        cropping: Cropping,
-        photometric: Photometric,
-        seed: int = 0,
-        with_motion: bool = False,
-    ) -> None:
-        super().__init__(
-            shards, manifest, sampling, cropping, photometric, seed, with_iframe=False, with_motion=with_motion
-        )
+    def __init__(self, shards: ShardSet, manifest: Manifest | None, config: Config, with_motion: bool = False) -> None:
+        super().__init__(shards, manifest, config, with_iframe=False, with_motion=with_motion)
         if (self.label < 0).any():
             paths = shards.paths
             unknown = [paths[v] for v in self.video[self.label < 0].tolist()]

@@ -41,7 +41,7 @@ class PretrainingTask:
         at_least("batch_size", c.batch_size, 2)  # a clip is told from others of the batch
         self.config, self.settings = config, shards.settings
         unread = UNREAD.get(c.objective.alpha)
-        self.data = PretrainSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, unread)
+        self.data = PretrainSet(shards, manifest, c, unread)
         self.left_out = f"{self.data.dropped} too short"
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -87,7 +87,7 @@ class FinetuningTask:
     def __init__(self, config: Finetuning, shards: ShardSet, manifest: Manifest | None) -> None:
         c, self.with_motion = config, config.supervision.motion_weight > 0
         self.config, self.settings = config, shards.settings
-        self.data = FinetuneSet(shards, manifest, c.sampling, c.cropping, c.photometric, c.seed, self.with_motion)
+        self.data = FinetuneSet(shards, manifest, c, self.with_motion)
         unserved = f"{self.data.unserved} too short for motion prediction"
         self.left_out = unserved if self.with_motion else "none dropped"
 
