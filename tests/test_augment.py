@@ -147,7 +147,7 @@ def test_energies_keep_their_place_and_are_neither_rescaled_nor_negated(box: tup
     across = (np.arange(32) + 0.5) / 32
     x = np.clip((x0 + (1 - across if flip else across) * (x1 - x0)) * WIDTH, 8, 344)
     y = np.clip((y0 + across * (y1 - y0)) * HEIGHT, 8, 248)
-    np.testing.assert_allclose(three[0, 2, 0] * 1e6, x - y[:, None] / 2 + 200, rtol=1e-4)
+    np.testing.assert_allclose(three[0, 2, 0] * 1e7, x - y[:, None] / 2 + 200, rtol=1e-4)
     vectors, energy = (crop_motion(part, where, mirrored, 32, WIDTH, HEIGHT, 1e6) for part in stored.split([2, 1], -1))
     torch.testing.assert_close(torch.cat([vectors, energy], 1), three, rtol=0, atol=0)
 
@@ -157,11 +157,11 @@ def test_energies_are_clamped_and_blocks_without_prediction_count_as_the_highest
     field[:, 4:8], field[:, 12:16] = 256 * 60, NO_RESIDUAL
     p_frame, i_frame = with_energy(field), with_energy(np.full((16, 22), NO_RESIDUAL))
     found = crop_motion(torch.cat([p_frame, i_frame], 1), WHOLE, NO, 22, 352, HEIGHT)
-    line = [0.4] * 4 + [1.0] * 4 + [0.4] * 4 + [1.0] * 4 + [0.4] * 6
+    line = [0.04] * 4 + [0.1] * 4 + [0.04] * 4 + [0.1] * 4 + [0.04] * 6  # a tenth of what vectors weigh
     np.testing.assert_allclose(found[0, 2, 0], np.tile(line, (22, 1)), rtol=1e-5)
     assert (found[0, 2, 1] == 0).all(), "an I-frame says nothing"
     limited = crop_motion(p_frame, WHOLE, NO, 22, 352, HEIGHT, limit=80.0)[0, 2, 0, 0]
-    np.testing.assert_allclose(limited[[0, 5, 13]], [4 / 80, 60 / 80, 1], rtol=1e-5)
+    np.testing.assert_allclose(limited[[0, 5, 13]], [0.4 / 80, 6 / 80, 0.1], rtol=1e-5)
 
 
 # ---- colours

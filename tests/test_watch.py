@@ -161,7 +161,7 @@ def test_the_picture_by_hand() -> None:
 @pytest.mark.parametrize("vectors", [0, 2])
 def test_the_picture_of_energies_is_grey(vectors: int) -> None:
     motion = torch.zeros(1, vectors + 1, 4, 2, 2)
-    motion[:, -1, 2:, :, 1] = 0.2
+    motion[:, -1, 2:, :, 1] = 0.2 * 0.1
     image = picture(torch.zeros(1, 3, 8, 4, 4), motion)
     columns = 4 + 2 * vectors + 4
     assert image.shape == (4, 4 * columns, 3)

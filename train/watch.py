@@ -22,7 +22,7 @@ from torch import Tensor
 from preprocess.draw import colour_wheel
 from preprocess.files import write_text
 from train import runs
-from train.augment import IMAGENET_MEAN, IMAGENET_STD
+from train.augment import ENERGY, IMAGENET_MEAN, IMAGENET_STD
 
 SAMPLES, MOMENTS = 4, 4  # rows of the picture; frames, and motion maps, of a row
 FULL_COLOUR = 0.5  # of motion maps, which hold tens of pixels
@@ -128,7 +128,7 @@ def picture(clip: Tensor, motion: Tensor | None) -> np.ndarray:
     """A row a sample: frames, and beside them the maps of the motion window to predict: vectors in the colours of
     motion, the energy of residuals in grey.
 
-    clip (B, 3, T, S, S), normalised; motion (B, D, W, M, M) in tens of pixels, and of grey levels. Returns uint8 RGB, S
+    clip (B, 3, T, S, S), normalised; motion (B, D, W, M, M) as `train.augment` crops it. Returns uint8 RGB, S
     pixels a cell.
     """
     shown = clip[:SAMPLES, :, _spread(clip.shape[2])].float().cpu()  # (b, 3, t, S, S)
@@ -140,7 +140,7 @@ def picture(clip: Tensor, motion: Tensor | None) -> np.ndarray:
         place = np.arange(clip.shape[-1]) * maps.shape[2] // clip.shape[-1]  # the nearest block of each pixel
         depth = maps.shape[-1]
         vectors = [colour_wheel(maps[..., :2], FULL_COLOUR)] if depth > 1 else []
-        energies = [np.rint(255 * maps[..., -1:]).astype(np.uint8).repeat(3, -1)] if depth % 2 else []
+        energies = [np.rint(255 / ENERGY * maps[..., -1:]).astype(np.uint8).repeat(3, -1)] if depth % 2 else []
         columns += [each[:, :, place[:, None], place] for each in vectors + energies]  # (b, w, S, S, 3)
     grid = np.concatenate(columns, 1)
     b, n, side = grid.shape[:3]
