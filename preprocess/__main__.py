@@ -69,6 +69,7 @@ def run(
         dry_run: Only say what there is to do, and what room it takes.
     """
     from preprocess import pipeline
+    from preprocess.summary import report
 
     at_least("--workers", workers, 1)
     at_least("--max-failures", max_failures, 0)
@@ -94,7 +95,7 @@ def run(
     )
     if summary is None:
         return DONE
-    pipeline.report(summary, out)
+    report(summary, out)
     return WITH_FAILURES if len(summary.failures) > max_failures else DONE
 
 

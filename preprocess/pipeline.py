@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import platform
-import re
 import sys
 import threading
 import time
@@ -25,10 +23,10 @@ from preprocess import outlook
 from preprocess.check import checksum_problems
 from preprocess.codec import Codec, CodecError, Reader, plain, spread
 from preprocess.command import at_least, say
-from preprocess.files import replacing
 from preprocess.manifest import Manifest
 from preprocess.schema import Failure, Origin, Settings, beside_path, shard_name, shard_paths
 from preprocess.shards import Shard
+from preprocess.summary import Summary, write_failures
 from preprocess.writer import Busy, Journal, Spool, Video, copy_video, working, write_shard
 
 Backend = Literal["processes", "dask"]
@@ -38,7 +36,6 @@ LIBRARIES = ("av", "simplejpeg", "h5py")
 FFMPEG = ("libavcodec", "libavformat", "libswscale")
 LOG_SECONDS = 60.0  # between lines of progress where there is no terminal for a bar
 SEEN_SECONDS = 90.0  # until a shard that was made on another machine is seen here: what NFS may keep from before
-REASONS = 20  # of failures, shown in the end
 
 
 @dataclass(frozen=True)
@@ -83,20 +80,6 @@ class Made(NamedTuple):
     videos: int
     frames: int
     failures: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run ends with."""
-
-    videos: int
-    frames: int
-    failures: list[Failure]
-    shards_made: int
-    shards_skipped: int
-    seconds: float
-    shards_left: int = 0
-    """Those that another process works on."""
 
 
 class Progress:
@@ -414,39 +397,3 @@ def _store(codec: Codec, task: Task, spool: Spool, path: str) -> dict[str, Any]:
                 f"as {task.witnesses[0]}: see that {task.videos} is mounted, and run the same command again"
             ) from error
         return {"reason": plain(str(error), source, path)}
-
-
-def write_failures(out: Path) -> list[Failure]:
-    """Collect the failure rows of every finished shard into failures.csv; returns them."""
-    seen: list[tuple[str, int]] | None = None
-    failures: list[Failure] = []
-    # Of several parts, the last to come sees every shard; none writes over it what it saw before.
-    while seen != (there := [(p.name, p.stat().st_ino) for p in shard_paths(out)]):
-        seen, failures = there, [f for p in shard_paths(out) for f in Shard(p).failed]
-        with (
-            replacing(out / "failures.csv") as partial,
-            open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Failure._fields)
-            writer.writerows(failures)
-    return failures
-
-
-def report(summary: Summary, out: Path) -> None:
-    """Say what a run did, failures first: a line a reason, with the first video that it is told of."""
-    reasons: dict[str, list[Failure]] = {}
-    for failure in summary.failures:
-        kind = re.sub(r"\d+", "…", failure.reason.replace(failure.path, "…"))
-        reasons.setdefault(kind, []).append(failure)
-    for alike in sorted(reasons.values(), key=len, reverse=True)[:REASONS]:
-        count = f"{len(alike)} videos, such as " if len(alike) > 1 else ""
-        print(f"failed  {count}{alike[0].path}: {alike[0].reason}", file=sys.stderr)
-    if len(reasons) > REASONS:
-        print(f"failed  … {len(reasons) - REASONS} more reasons in {out / 'failures.csv'}", file=sys.stderr)
-    rate = summary.frames / max(summary.seconds, 1e-9)
-    left = f", {summary.shards_left} left to another process" if summary.shards_left else ""
-    print(
-        f"{summary.shards_made} shards made, {summary.shards_skipped} already there{left}: {summary.videos} videos, "
-        f"{summary.frames} frames in {summary.seconds:.1f} s ({rate:.0f} frames/s), {len(summary.failures)} failed"
-    )

@@ -23,7 +23,7 @@ class ClipContrast:
 
     def draw(self, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, int, int]:
         s = self.sampling
-        stride = next(n for n in range(s.stride, 0, -1) if n == 1 or s.span(n) <= frames)
+        stride = next(n for n in range(s.stride, 0, -1) if s.span(n) <= frames)
         return rng.integers(frames - s.span(stride) + 1, size=2), stride, 0
 
     def head(self, channels: int) -> nn.Module:

@@ -31,7 +31,7 @@ class ClipOrder:
         return self.clips * self.sampling.span(stride) + (self.clips - 1) * self.gap
 
     def draw(self, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, int, int]:
-        stride = next(s for s in range(self.sampling.stride, 0, -1) if s == 1 or self._extent(s) <= frames)
+        stride = next(s for s in range(self.sampling.stride, 0, -1) if self._extent(s) <= frames)
         first = int(rng.integers(frames - self._extent(stride) + 1))
         starts = first + (self.sampling.span(stride) + self.gap) * np.arange(self.clips)
         target = int(rng.integers(len(self.orders)))
