@@ -6,7 +6,8 @@ table: for the three backbones, ours beside a plain loop. `make gpu` has the sam
 ours    what `train.loop` does in a step: weights channels last, fused optimiser, tiled motion loss; in bfloat16 where
         --precision says so, networks and augmentation compiled with --compile
 plain   the same model, augmentation and optimiser in an eager float32 loop: contiguous weights, one kernel a parameter
-        (foreach=False), losses from whole matrices of logits, no choice among convolution kernels
+        (foreach=False), losses from whole matrices of logits, no choice among convolution kernels, memory as malloc
+        hands it out by itself
 
 Both take batches from loaders of the same kind, in turns (ours plain ours plain ...). Columns: clips a second; how many
 times as many as the plain loop; the share that is of the peak, model FLOPs, forward and backward, over what a large
@@ -38,7 +39,7 @@ from preprocess.shards import ShardSet
 from train import cost, loop
 from train.config import Pretraining
 from train.data import PretrainSet
-from train.device import ToDevice, channels_last
+from train.device import ToDevice, channels_last, keep_freed_memory
 from train.loader import make_loader, usual_workers
 from train.model import build_model
 from train.optimiser import make_optimiser
@@ -281,7 +282,8 @@ def usual_losses(model: nn.Module, inputs: tuple[Tensor | None, ...], config: Pr
 
 
 def choose_kernels(case: Case) -> None:
-    """What the case's loop asks of torch."""
+    """What the case's loop asks of torch, and of malloc."""
+    keep_freed_memory(*(() if case.loop == "ours" else (32 << 20,)))
     exact = case.loop == "plain" or case.precision == "float32"
     torch.backends.cudnn.benchmark = case.loop == "ours"
     torch.backends.cudnn.allow_tf32 = case.precision != "float32"

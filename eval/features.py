@@ -17,7 +17,7 @@ from preprocess.command import at_least
 from preprocess.files import replacing
 from train.config import Config
 from train.data import ClipSet, Modality
-from train.device import channels_last, choose_device
+from train.device import channels_last, choose_device, keep_freed_memory
 from train.loader import explaining_workers, make_loader
 from train.readout import SharedMap, pooled, prepare
 from train.trained import Run
@@ -145,6 +145,7 @@ def over_clips(
     an average is not finite: neighbours and classes would be found among such numbers too, and mean nothing.
     """
     where = torch.device(choose_device(machine.device))
+    keep_freed_memory()
     module.to(where).eval()
     channels_last(module)
     loader = make_loader(clip_set, machine.workers, where, batch_size=VIDEOS_A_BATCH)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
-from train.device import ToDevice, allow_fast_kernels, choose_precision
+from train.device import ToDevice, choose_precision, make_fast
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,12 +28,40 @@ def test_bfloat16_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tf32_is_for_gpus() -> None:
     before = torch.get_float32_matmul_precision()
     try:
-        allow_fast_kernels(CPU)
+        make_fast(CPU)
         assert torch.get_float32_matmul_precision() == before == "highest"
-        allow_fast_kernels(GPU)
+        make_fast(GPU)
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+FAULTS = """
+import resource
+import torch
+from train.device import make_fast
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(48 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+as_it_is = faults()
+make_fast(torch.device("cpu"))
+for _ in range(5):
+    faults()
+print(as_it_is, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc is another's")
+def test_memory_of_large_maps_is_not_taken_anew_from_the_system() -> None:
+    said = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    as_it_is, kept = map(int, said.split())
+    assert as_it_is >= 5 * 24  # pages, of 2 MB at most
+    assert kept < as_it_is / 10
 
 
 class Stream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Literal
 
 import torch
@@ -34,9 +36,26 @@ def choose_precision(name: str, device: torch.device) -> Literal["float32", "bfl
     return "bfloat16" if name == "bfloat16" else "float32"
 
 
-def allow_fast_kernels(device: torch.device) -> None:
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_freed_memory(most: int = 2**31 - 1) -> None:
+    """Have glibc's malloc keep what was freed, and hand out allocations of up to `most` bytes from it.
+
+    By itself it takes anything above 32 MB anew from the system, which fills it with zeros page by page, and gives it
+    back at once: a tenth to a fifth of a step of `small` on a CPU, where the same large maps come and go each time. Does
+    nothing where malloc is another's.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, most)
+        libc.mallopt(M_TRIM_THRESHOLD, most)
+
+
+def make_fast(device: torch.device) -> None:
     """On a GPU: the fastest convolutions, found by trying, and TF32 in products of float32, of which equation (2) is
-    made even under bfloat16."""
+    made even under bfloat16. On a CPU: memory that stays."""
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = True

@@ -23,11 +23,11 @@ from train.config import Config, Runtime
 from train.data import EpochSampler
 from train.device import (
     ToDevice,
-    allow_fast_kernels,
     channels_last,
     check_compiler,
     choose_device,
     choose_precision,
+    make_fast,
 )
 from train.heldout import hold_out
 from train.loader import explaining_workers, make_loader
@@ -82,7 +82,7 @@ def train(
     runtime = replace(runtime, precision=choose_precision(runtime.precision, device))
     rank, ranks = distributed.rank(), distributed.world_size()
     main = rank == 0
-    allow_fast_kernels(device)
+    make_fast(device)
     if runtime.compile:
         check_compiler(device)
     shard_set = ShardSet(shards)
