@@ -272,7 +272,7 @@ def tables(
     from eval.publish import collect, missing
     from eval.publish.cells import NINE
     from eval.publish.plots import table_plots
-    from eval.publish.tables import build, write
+    from eval.publish.tables import build, idle, write
 
     if plan + run + bool(slurm) > 1:
         raise ValueError("--plan, --run and --slurm exclude each other")
@@ -310,6 +310,8 @@ def tables(
     made = build(rows)
     for path in write(made, refused, table_plots(made), out):
         print(f"wrote {path}")
+    if unused := idle(made, rows):
+        say(f"note: results of {', '.join(unused)} fill no cell of these tables; --export writes them too")
     for row, reason in refused:
         say(f"left out: {row['file']}: {reason}")
     return status

@@ -101,7 +101,8 @@ class Diagnosis:
 
     def records(self) -> list[Row]:
         about = {"kind": "diagnosis", "network": "video", "queries": self.queries, "gallery": self.gallery}
-        return [about | {"metrics": self.metrics, "chance": self.chance, "protocol": self.protocol}]
+        by_chance = {metric: self.chance[metric.split()[0]] for metric in self.metrics}
+        return [about | {"metrics": self.metrics, "chance": by_chance, "protocol": self.protocol}]
 
     def markdown(self, title: str) -> str:
         """A line a view, a column a share; the last line is chance; then what the numbers say."""

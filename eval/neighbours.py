@@ -62,8 +62,7 @@ def chosen(found: Mapping[str, Retrieval]) -> list[Query]:
 
 
 def spread(labels: np.ndarray, count: int) -> list[int]:
-    """One place in `labels` of each of `count` classes, spread over all of them and off the diagonal of context x
-    motion."""
+    """One place in `labels` of each of `count` classes, spread over all of them."""
     classes = np.unique(labels)
     wanted = classes[np.unique(np.linspace(0, len(classes) - 1, count).astype(int))]
     return [int(np.flatnonzero(labels == c)[0]) for c in wanted]

@@ -16,6 +16,14 @@ from train.heldout import accuracies
 from train.loader import explaining_workers, make_loader
 from train.tasks import make_task
 
+ASKED = {
+    "context accuracy": "a clip's own I-frame among those of the batch",
+    "motion accuracy": "a motion point's own among those of the batch and of the further windows, or where vectors are "
+    "classified its class",
+    "contrast accuracy": "the other clip of a video among those of the batch",
+}
+"""What ranks candidates."""
+
 
 @dataclass(frozen=True)
 class Pretext:
@@ -27,13 +35,15 @@ class Pretext:
     """Videos that did not fill a batch."""
     batch: int
     """Videos a batch, which are the candidates: the run's number, or as many as there are."""
+    left_out: str
+    """How many videos the task does not take, and why."""
 
     @property
     def protocol(self) -> str:
+        asked = "; ".join(f"{name}: {ASKED[name]}" for name in self.metrics if name in ASKED)
         return (
-            f"one epoch over the test videos in batches of {self.batch}, clips, crops and colours drawn as in "
-            "training, dropout off, running statistics of batch norm; a clip's own I-frame among those of the batch, a "
-            "motion point's own among those of the batch and of the further windows"
+            f"one epoch over the test videos ({self.left_out}) in batches of {self.batch}, clips, crops and colours "
+            f"drawn as in training, dropout off, running statistics of batch norm{asked and '; ' + asked}"
         )
 
     def records(self) -> list[Row]:
@@ -69,4 +79,5 @@ def measure(run: Run, data: Data, machine: Machine = AUTO) -> Pretext:
     loader = make_loader(task.data, machine.workers, where, batch_sampler=sampler)
     batches = tqdm(loader, unit="batch", desc="pretext tasks", disable=None, leave=False)
     metrics = {name.replace("_", " "): 100 * share for name, share in accuracies(model, task, batches).items()}
-    return Pretext(metrics, sampler.steps * size, sampler.dropped, size)
+    left_out = f"{task.left_out}, {task.data.failed} failed in stage 1"
+    return Pretext(metrics, sampler.steps * size, sampler.dropped, size, left_out)

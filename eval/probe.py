@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.features import AUTO, Machine, Network, Run, protocol, sides
-from eval.results import Data, Row, number_table
+from eval.results import Data, Row, number_table, protocols
 from eval.retrieve import chance, labellings, nearest
 
 KS = tuple(range(1, 21))
@@ -70,7 +70,8 @@ def compared(found: Mapping[str, Probe]) -> str:
     first = next(iter(found.values()))
     lines = {title: _shown(probe) for title, probe in found.items()}
     by_chance = {head: first.chance[head.split()[0]] for head in next(iter(lines.values()))}
-    how = f"{first.queries} queries, {first.gallery} in the gallery; {first.protocol}\nk=: {VOTE}\nlinear: {LINEAR}"
+    about = f"{first.queries} queries, {first.gallery} in the gallery; {protocols(found)}"
+    how = f"{about}\nk=: {VOTE}\nlinear: {LINEAR}"
     return f"{how}\n{number_table(lines | {'by chance': by_chance})}"
 
 

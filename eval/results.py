@@ -3,8 +3,10 @@
 | key | meaning |
 |---|---|
 | kind | retrieval, classification, pretext, knn, linear or diagnosis |
-| recipe, backbone, network | what was evaluated; network is video, iframe or motion |
-| pretraining, pretrained_on | recipe and manifest of the run it began from; empty where it began from none |
+| recipe, backbone, network | what was evaluated; network is video, layer4, iframe or motion |
+| pretraining, pretrained_on | recipe and manifest of the run it began from; empty where it began from none. A recipe \
+that was changed, or stopped early, is not called by its name alone |
+| pretraining_settings_sha256 | training_settings_sha256 of that run |
 | trained_on, subset | manifest and rows that it was trained on |
 | training_settings_sha256 | of those rows and of the settings of stage 1 that their shards were made with |
 | training_sha256 | of those rows and of their shards' bytes |
@@ -38,7 +40,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from preprocess.files import write_text
 from preprocess.manifest import Manifest, dataset_name
-from preprocess.schema import Settings
 from preprocess.shards import ShardSet
 from train import checkpoint, runs
 from train.config import Config
@@ -54,8 +55,9 @@ TEXTS = (
     "kind", "recipe", "backbone", "network", "pretraining", "pretrained_on", "trained_on", "subset", "training_sha256",
     "dataset", "split", "weights", "protocol", "commit", "config_sha256", "manifest_sha256", "shards_sha256",
     "weights_sha256", "machine", "when", "shard_settings_sha256", "training_settings_sha256",
+    "pretraining_settings_sha256",
 )  # fmt: skip
-LATER = ("shard_settings_sha256", "training_settings_sha256")
+LATER = ("shard_settings_sha256", "training_settings_sha256", "pretraining_settings_sha256")
 """Texts that are empty in rows from before they were stored."""
 KEYS = (*TEXTS, "seed", "epoch", "metrics")
 PERCENT = ("metrics", "errors", "chance")
@@ -70,13 +72,6 @@ class Result(Protocol):
 
     def markdown(self, title: str) -> str:
         """What is printed: the numbers of the network called `title`, how they were made, and chance."""
-
-
-class Drawable(Result, Protocol):
-    """A result with a picture."""
-
-    def draw(self, title: str, out: Path) -> Path:
-        """Draw it into a PNG; returns `out`."""
 
 
 @dataclass(frozen=True)
@@ -131,19 +126,20 @@ def about(run: Run | Foreign, data: Data) -> Row:
     """Where a result comes from: every key but those of its `records`."""
     common = data.about() | {"recipe": run.recipe, "config_sha256": run.config.sha256()}
     if isinstance(run, Foreign):
-        of_training = ("training_settings_sha256", "training_sha256")
+        of_training = ("training_settings_sha256", "training_sha256", "pretraining_settings_sha256")
         unknown = dict.fromkeys(("pretraining", "pretrained_on", "trained_on", "subset", *of_training), "")
         given = {"backbone": run.recipe, "seed": 0, "epoch": 0.0, "weights": "given"}
         return common | unknown | given | {"weights_sha256": checkpoint.sha256(run.network.state_dict())}
     made = runs.read(run.folder)
-    began, settings = made["pretrained"], Settings.from_json(json.dumps(made["shards_settings"]))
+    began = made["pretrained"]
     return common | {
         "backbone": run.config.networks.backbone,
         "pretraining": began.get("recipe", ""),
         "pretrained_on": began.get("trained_on", ""),
         "trained_on": made["trained_on"],
         "subset": made["subset"],
-        "training_settings_sha256": _sha256(f"{made['manifest_sha256']} {settings.sha256()}"),
+        "training_settings_sha256": runs.training_settings(made),
+        "pretraining_settings_sha256": began.get("training_settings_sha256", ""),
         "training_sha256": _sha256(f"{made['manifest_sha256']} {made['shards_sha256']}"),
         "seed": run.config.seed,
         "epoch": run.epoch,
@@ -202,3 +198,11 @@ def number_table(lines: Mapping[str, Mapping[str, float]], corner: str = "") -> 
     text = [f"| {corner} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     text += [f"| {name} | " + " | ".join(f"{line[h]:.1f}" for h in heads) + " |" for name, line in lines.items()]
     return "\n".join(text)
+
+
+def protocols(found: Mapping[str, Any]) -> str:
+    """How the results of some networks were made: once where that is the same for all."""
+    each = {title: result.protocol for title, result in found.items()}
+    if len({*each.values()}) == 1:
+        return next(iter(each.values()))
+    return "".join(f"\n{title}: {how}" for title, how in each.items())

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.features import AUTO, Machine, Network, Run, protocol, sides
-from eval.results import Data, Row, number_table
+from eval.results import Data, Row, number_table, protocols
 
 KS = (1, 5, 10, 20)
 RESAMPLES = 2000
@@ -79,10 +79,10 @@ def measure(
 
 
 def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,)) -> str:
-    """Markdown: the recalls of some networks, a line each, with the protocol of the first, chance, and the largest
-    standard errors."""
+    """Markdown: the recalls of some networks, a line each, with their protocols, chance, and the largest standard
+    errors."""
     first = next(iter(found.values()))
-    how = f"{len(first.query)} queries, {len(first.gallery)} in the gallery; {first.protocol}"
+    how = f"{len(first.query)} queries, {len(first.gallery)} in the gallery; {protocols(found)}"
     lines = {title: named(retrieval.recalls, ks) for title, retrieval in found.items()}
     lines["by chance"] = named(first.chance, ks)
     errors = [named(retrieval.errors, ks) for retrieval in found.values()]
@@ -99,7 +99,7 @@ def named(recalls: Mapping[str, Mapping[int, float]], ks: Sequence[int] = KS) ->
 def folder_names(folders: Sequence[Path]) -> list[str]:
     """What tables and pictures call some runs: their folders' names where these differ, else their paths."""
     short = [folder.resolve().name for folder in folders]
-    return [str(folder) for folder in folders] if len({*short, "untrained"}) <= len(folders) else short
+    return [str(folder.resolve()) for folder in folders] if len({*short, "untrained"}) <= len(folders) else short
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:

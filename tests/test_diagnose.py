@@ -186,6 +186,12 @@ def stated(context: float, motion: float, frozen: float, back: tuple[float, floa
     return Diagnosis(360, 288, shares, chance)
 
 
+def test_every_number_that_is_stored_has_its_chance() -> None:
+    (row,) = stated(70.8, 55.3, 15.8).records()
+    assert row["chance"].keys() == row["metrics"].keys()
+    assert (row["chance"]["both R@1"], row["chance"]["motion R@1 frozen"]) == (2.8, 16.7)
+
+
 def test_the_verdict_by_hand() -> None:
     # Three standard errors of 16.7 % of 360: 5.9.
     assert stated(0, 0, 0).limit("motion") == pytest.approx(16.7 + 3 * (0.167 * 0.833 / 360) ** 0.5 * 100)
@@ -308,7 +314,7 @@ def test_a_run_is_diagnosed(
     row = json.loads(path.read_text())
     assert path.parent == joint_run / "results" and path.name.startswith("diagnosis-")
     assert (row["kind"], row["recipe"], row["queries"], row["gallery"]) == ("diagnosis", "small", 36, 48)
-    assert len(row["metrics"]) == 4 * 4 and row["chance"]["motion"] == pytest.approx(25)
+    assert len(row["metrics"]) == 4 * 4 and row["chance"]["motion R@1"] == pytest.approx(25)
     shares = [row["metrics"][f"{name} R@1 frozen"] for name in ("context", "motion", "both", "opposite")]
     assert "| frozen | " + " | ".join(f"{s:.1f}" for s in shares) + " |" in said
     assert "knows context: " in said and "In short: " in said and row["protocol"] in said

@@ -78,7 +78,8 @@ def test_only_what_the_objective_ranks_has_an_accuracy(tiny: Tiny, tmp_path: Pat
     opened = Data.open(*tiny)
     for alpha, name in ((0.0, "context accuracy"), (1.0, "motion accuracy")):
         alone = untrained(tmp_path, objective=Objective(alpha=alpha))
-        assert list(pretext.measure(alone, opened, CPU).metrics) == [name]
+        found = pretext.measure(alone, opened, CPU)
+        assert list(found.metrics) == [name] and ("I-frame" in found.protocol) == (alpha == 0)
     regressing = untrained(tmp_path, objective=Objective(alpha=1.0, motion_loss="mse"))
     with pytest.raises(ValueError, match="regresses motion vectors"):
         pretext.measure(regressing, opened, CPU)
@@ -108,4 +109,5 @@ def test_the_command_stores_a_row(
     row = json.loads(Path(said.split("stored in ")[1].strip()).read_text())
     assert (row["kind"], row["epoch"], row["weights"], row["videos"]) == ("pretext", 1, "last", 8)
     assert set(row["metrics"]) == {"context accuracy", "motion accuracy"} and "batches of 4" in row["protocol"]
+    assert "test videos (0 too short, 0 failed in stage 1)" in row["protocol"] and "own I-frame" in row["protocol"]
     assert f"context accuracy {row['metrics']['context accuracy']:.1f} %" in said and row["protocol"] in said

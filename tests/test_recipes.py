@@ -14,7 +14,7 @@ from running import RUNTIME, Tiny, assert_same_run, run_again
 
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
-from train import tasks
+from train import runs, tasks
 from train.config import Finetuning, Optimiser
 from train.draws import largest_stride
 from train.loop import train, update
@@ -161,6 +161,16 @@ def test_finetuning_begins_from_the_pretrained_network(
         start(tiny, tmp_path / "run", config, other)
 
 
+def test_what_a_run_began_from_says_where_it_was_not_the_whole_recipe(pretrained: Run) -> None:
+    """Tables take a recipe's name for the recipe, carried through."""
+    about = pretrained.about()
+    assert about["recipe"].startswith("small-context, ") and "networks.width 4" in about["recipe"]
+    assert about["training_settings_sha256"] == runs.training_settings(runs.read(pretrained.folder))
+    whole = replace(pretrained, config=RECIPES["small-context"].config.changed({"seed": 3}), epoch=100.0)
+    assert whole.about()["recipe"] == "small-context"
+    assert replace(whole, epoch=5.0).about()["recipe"] == "small-context, epoch 5"
+
+
 def test_an_ablation_is_one_changed_field_and_released_is_all_that_the_script_has_otherwise() -> None:
     for name, recipe in RECIPES.items():
         released = 2 + ("c3d" not in name)
@@ -222,6 +232,15 @@ def test_a_short_video_trains_the_classifier_alone(shards: ShardSet, monkeypatch
         assert serves == (i not in short) == bool(batch["motion"][i].any()) and batch["clip"][i].any()
     _, parts = task.loss(build_model(config, 4), task.inputs(batch), batch)
     assert all(x.isfinite() for x in parts.values())
+
+
+def test_motion_beside_labels_changes_no_clip(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table 6: the networks differ in what they learn from, not in what they see."""
+    monkeypatch.setattr(shards, "frames", np.array([12, 20, 23, 24]))
+    both = (make_task(smaller(f"small-{name}"), shards, None) for name in ("scratch", "regularised"))
+    without, beside = map(collate, both)
+    for key in ("clip", "clip_box", "clip_flip", "clip_photo", "label"):
+        assert torch.equal(without[key], beside[key]), key
 
 
 def test_targets_of_the_paper_s_size_are_8_maps_of_16x16_pixels_in_21_classes() -> None:

@@ -63,6 +63,14 @@ def test_motion_is_interpolated_over_the_frame_and_not_over_the_grid(box: tuple,
         np.testing.assert_allclose(1e6 * out[0, axis, 0], expected, atol=0.01)
 
 
+def test_a_network_in_bfloat16_is_fed_the_same_pixels() -> None:
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 2, 40, 50, 3), dtype=np.uint8))
+    arguments = frames, torch.tensor([OTHER]), torch.tensor([True]), 32
+    with torch.autocast("cpu", torch.bfloat16):
+        found = crop(*arguments)
+    assert torch.equal(found, crop(*arguments))
+
+
 def test_a_picture_that_shrinks_does_not_alias() -> None:
     stripes = np.zeros((1, 1, 96, 96, 3), np.uint8)
     stripes[..., ::2, :] = 255  # finer than the output can show: only their mean may be left

@@ -7,8 +7,10 @@ import json
 import math
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +182,24 @@ def test_of_equal_camps_the_later_stays(tmp_path: Path) -> None:
     assert sorted((row["seed"], row["dataset"]) for row in sound(found)) == [(0, "elsewhere"), (1, "manifest")]
 
 
+def test_training_on_other_rows_of_a_manifest_is_another_thing(tmp_path: Path) -> None:
+    every = [example(seed=n, subset="all", training_settings_sha256="cd" * 32) for n in (1, 2)]
+    assert len(sound(read_back(tmp_path, example(subset="train"), *every))) == 3
+
+
+def test_seeds_that_began_from_other_data_are_left_out(tmp_path: Path) -> None:
+    """Of Kinetics-400 any manifest will do, but one for all; others are told apart by name."""
+    recipe, other = "finetune-ucf101-c3d", {"pretraining_settings_sha256": "cd" * 32}
+    for pretraining, kept in (("pretrain-k400-c3d", [0, 1]), ("pretrain-ucf101-c3d", [0, 1, 2])):
+        began = {"recipe": recipe, "pretraining": pretraining, "epoch": 120.0}
+        found = [example(**began, seed=n, pretrained_on="k400") for n in (0, 1)]
+        found.append(example(**began, seed=2, pretrained_on="mine", **other))
+        folder = tmp_path / pretraining
+        assert [row["seed"] for row in sound(read_back(folder, *found))] == kept
+    (why,) = reasons(collect.read([tmp_path / "pretrain-k400-c3d"]))
+    assert why.startswith("the run it began from saw another manifest") and "most rows on pretrain-k400-c3d ab" in why
+
+
 def test_shards_of_other_bytes_are_comparable(tmp_path: Path) -> None:
     other = {"shards_sha256": "cd" * 32, "training_sha256": "cd" * 32}
     assert len(sound(read_back(tmp_path, example(), example(seed=1, **other)))) == 2
@@ -239,8 +259,11 @@ def test_replaced_weights_are_named(tmp_path: Path) -> None:
     results.write(tmp_path / "run", example(dataset="other", when="2026-01-03T00:00:00+00:00"))
     results.write(tmp_path / "run", example(epoch=5.0, weights="epoch-0005", weights_sha256="02" * 32))
     results.write(tmp_path / "another", example(weights_sha256="03" * 32))
+    for number, network in enumerate(("a:build", "b:build")):
+        given = {"kind": "diagnosis", "weights": "given", "weights_sha256": f"{number + 4:02}" * 32}
+        results.write(tmp_path / "foreign", example("gone", **given) | {"recipe": network})
     found = collect.read([tmp_path])
-    assert {row["weights_sha256"][:2] for row in sound(found)} == {"ab", "02", "03"}
+    assert {row["weights_sha256"][:2] for row in sound(found)} == {"ab", "02", "03", "04", "05"}
     assert ["have been replaced since" in why for why in reasons(found)] == [True]
 
 
@@ -279,3 +302,23 @@ def test_a_run_says_in_what_it_is_not_its_recipe(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     (why,) = reasons(collect.read([tmp_path]))
     assert "cannot be read" in why
+
+
+def test_the_commit_is_this_programs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a checkout in which it happens to be installed."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *arguments], check=True)
+    installed = tmp_path / "venv" / "runs.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    monkeypatch.setattr(runs, "__file__", str(installed))
+    assert runs.git_commit() == ""
+    subprocess.run([*git, "add", "venv/runs.py"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}\+", runs.git_commit())
+
+
+def test_networks_of_other_protocols_say_each_theirs() -> None:
+    one, other = SimpleNamespace(protocol="stride 1"), SimpleNamespace(protocol="stride 4")
+    assert results.protocols({"a": one, "b": one}) == "stride 1"
+    assert results.protocols({"a": one, "b": other}) == "\na: stride 1\nb: stride 4"

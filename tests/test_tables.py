@@ -155,9 +155,9 @@ def test_seeds_that_saw_other_bytes_are_named_under_their_table(tmp_path: Path) 
     (table,) = tables.build(stored(tmp_path / "mixed", [*rows, other]), ["scenes"])
     than = "on shards of other bytes ({}) than most (abababab)".format
     assert table.notes == [
-        "scenes, context R@1 to scenes, both R@1: seed 2 was measured "
+        "scenes (context R@1, motion R@1, both R@1): seed 2 was measured "
         f"{than('cdcdcdcd')}; seed 2 was trained {than('efefefef')}.",
-        f"scenes-motion, context R@1 to scenes-motion, both R@1: seed 0 was measured {than('efefefef')}.",
+        f"scenes-motion (context R@1, motion R@1, both R@1): seed 0 was measured {than('efefefef')}.",
     ]
     assert all(f"- {note}\n" in tables.markdown(table) for note in table.notes)
 
@@ -323,6 +323,11 @@ def test_small_tables_keep_data_sets_apart() -> None:
     assert str(first.at("scenes", "context R@1").value) == "90.0 (1 seed)"
     assert str(second.at("scenes", "context R@1").value) == "45.0 ± 7.1 (2 seeds)"
     assert "| scenes-mse | not run | not run | not run |" in tables.markdown(second)
+    diagnosed = example("ucf20", kind="diagnosis", dataset="scenes", trained_on="ucf20", file="", id="d")
+    own = example("pretrain-ucf101-c3d", dataset="my", trained_on="my", file="", id="m")
+    (table,) = tables.build([*found, diagnosed], ["ucf20"])
+    assert table.name == "ucf20"  # none of it on the scenes, where it was only diagnosed
+    assert tables.idle([first, second], [*found, diagnosed, own]) == ["pretrain-ucf101-c3d on my", "ucf20 on scenes"]
 
 
 def test_of_one_seed_the_last_evaluation_counts() -> None:

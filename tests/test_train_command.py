@@ -154,6 +154,20 @@ def test_a_setting_out_of_its_limits_is_an_error(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_default_that_is_spelt_out_changes_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor its hash: 10 and 10.0 are the same number, and not the same JSON."""
+    configs = []
+    monkeypatch.setattr("train.loop.train", lambda config, *_: configs.append(config))
+    paths = ["--shards", str(tiny[0]), "--manifest", str(tiny[1]), "--out", str(tmp_path / "run")]
+    spelt = ["--optimiser.warmup-epochs", "3", "--optimiser.weight-decay", "0.05", "--epochs", "100"]
+    assert command.main(["small", *paths, *spelt]) == 0
+    assert command.main(["small", *paths, *spelt, "--objective.alpha", "1"]) == 0
+    expected = RECIPES["small"].config
+    assert [c.sha256() for c in configs] == [expected.sha256(), expected.changed({"objective.alpha": 1.0}).sha256()]
+
+
 def test_a_run_stages_its_shards(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(epochs=1)
     arguments = train_command(tiny, tmp_path / "run", config, "--loader-workers", "0")[3:]

@@ -127,8 +127,11 @@ def run(argv: list[str]) -> int:
     kind: Any = ARGUMENTS[type(recipe.config)]
     default = kind(shards=missing, manifest=missing, out=missing, config=recipe.config)
     a = tyro.cli(kind, args=argv[1:], default=default, prog=f"{PROG} {argv[0]}", description=recipe.about)
-    if late := [epoch for epoch in a.runtime.keep_epochs if not 1 <= epoch <= a.config.epochs]:
-        raise ValueError(f"--keep-epochs names {late[0]}; this run has epochs 1 to {a.config.epochs}")
+    # Of what was typed only what differs: a default that is spelt out leaves the recipe, and its hash, what it is.
+    typed = a.config.differences(recipe.config)
+    config = recipe.config.changed({name: value for name, (value, _) in typed.items()})
+    if late := [epoch for epoch in a.runtime.keep_epochs if not 1 <= epoch <= config.epochs]:
+        raise ValueError(f"--keep-epochs names {late[0]}; this run has epochs 1 to {config.epochs}")
     from torch import OutOfMemoryError
 
     from preprocess.manifest import Manifest, dataset_name
@@ -148,11 +151,13 @@ def run(argv: list[str]) -> int:
     rows = whole if a.subset == "all" else whole.subset(a.subset)
     held_out = whole.subset("test") if "test" in whole.subsets and a.subset not in ("all", "test") else None
     pretrained = None
+    if isinstance(a, FinetuningArguments) and not a.pretrained and a.pretrained_weights != "last":
+        raise ValueError("--pretrained-weights says which of a run's weights to begin from: name it with --pretrained")
     if isinstance(a, FinetuningArguments) and a.pretrained:
         pretrained = trained.load_pretrained(a.pretrained, a.pretrained_weights)
     origin = Origin(argv[0], dataset_name(a.manifest), a.subset, pretrained)
     try:
-        train(a.config, a.runtime, shards, rows, a.out, origin, held_out)
+        train(config, a.runtime, shards, rows, a.out, origin, held_out)
         if not process():
             print(f"done: weights in {a.out / 'checkpoint.pt'}; python -m eval --help says what to ask of them")
     except Terminated as stop:

@@ -97,9 +97,10 @@ def resample(maps: Tensor, box: Tensor, flip: Tensor, size: int, covered: tuple[
     down = _weights(y0 * (covered[1] * h), y1 * (covered[1] * h), size, h)  # (B, S, h)
     # Two batched products; each axis is brought into place by the copy that is there anyway.
     rows = maps.permute(0, 2, 1, 3, 4).to(torch.float32, memory_format=torch.contiguous_format)  # (B, h, T, w, C)
-    rows = torch.bmm(down, rows.flatten(2)).view(b, size, t, w, c)
-    columns = rows.permute(0, 4, 2, 1, 3).reshape(b, c * t * size, w)
-    return torch.bmm(columns, across.mT).view(b, c, t, size, size)
+    with torch.autocast(maps.device.type, enabled=False):  # where a network is watched under bfloat16, say
+        rows = torch.bmm(down, rows.flatten(2)).view(b, size, t, w, c)
+        columns = rows.permute(0, 4, 2, 1, 3).reshape(b, c * t * size, w)
+        return torch.bmm(columns, across.mT).view(b, c, t, size, size)
 
 
 def _weights(low: Tensor, high: Tensor, size: int, length: int) -> Tensor:

@@ -179,6 +179,10 @@ class Config:
         for name, least in (("size", 16), ("motion_size", 16), ("batch_size", 1), ("epochs", 1)):
             at_least(name, getattr(self, name), least)
         at_least("seed", self.seed, 0)
+        if (reach := self.photometric.blur_taps // 2) >= self.size:
+            raise ValueError(
+                f"the blur reaches {reach} pixels to each side, and clips have {self.size}: choose a smaller blur_sigma"
+            )
 
     def to_json(self) -> str:
         return json.dumps({"task": self.task, **_written(self)}, sort_keys=True)

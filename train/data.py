@@ -84,10 +84,10 @@ class TrainingSet(Dataset[Sample]):
     | serves | bool | false where the video is too short for the windows, which are zeros then |
     | index, label | int | row of this data set; class number, -1 unknown |
 
-    A video too short for its motion window beside the clip does not serve; one shorter than the clip repeats from its
-    start, as at evaluation. `failed` counts rows of the manifest that stage 1 could not store. What is `unread`,
-    "iframe" or "motion", is drawn, so that the rest is what it would be, but neither read nor in the sample. Raises
-    ValueError as `select` does.
+    A clip leaves room for its motion window, wanted or not, so that what is learned beside labels changes no clip. A
+    video too short for both does not serve; its clip repeats from its start, as at evaluation. `failed` counts rows of
+    the manifest that stage 1 could not store. What is `unread`, "iframe" or "motion", is drawn, so that the rest is
+    what it would be, but neither read nor in the sample. Raises ValueError as `select` does.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class TrainingSet(Dataset[Sample]):
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
         long = [largest_stride(f, sampling) > 0 for f in shards.frames[self.video].tolist()]
-        self.serves = np.array(long, bool) & with_motion
+        self.serves = np.array(long, bool)
 
     def __len__(self) -> int:
         return len(self.video)

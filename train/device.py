@@ -43,8 +43,8 @@ def keep_freed_memory(most: int = 2**31 - 1) -> None:
     """Have glibc's malloc keep what was freed, and hand out allocations of up to `most` bytes from it.
 
     By itself it takes anything above 32 MB anew from the system, which fills it with zeros page by page, and gives it
-    back at once: a tenth to a fifth of a step of `small` on a CPU, where the same large maps come and go each time. Does
-    nothing where malloc is another's.
+    back at once: a tenth to a fifth of a step of `small` on a CPU, where the same large maps come and go in each. Where
+    malloc is another's this does nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, most)

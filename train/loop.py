@@ -268,3 +268,9 @@ def announce(task: Task, sampler: EpochSampler, model: nn.Module, device: torch.
         f"{parameters / 1e6:.2f} M parameters on {device}, {distributed.world_size()} processes\n"
         + (f"{total} steps" if not step else f"going on at step {step} of {total}" if step < total else "has ended")
     )
+    c = task.config
+    if c.optimiser.warmup_epochs >= c.epochs:
+        print(
+            f"note: the learning rate rises for {c.optimiser.warmup_epochs:g} epochs, and this run has {c.epochs}: it "
+            "never falls; lower --optimiser.warmup-epochs too"
+        )

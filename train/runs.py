@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import platform
 import subprocess
@@ -17,6 +18,7 @@ import torch
 
 from preprocess.files import LEFT, write_text
 from preprocess.manifest import Manifest
+from preprocess.schema import Settings
 from preprocess.shards import ShardSet
 from train.config import Config, differences, here_and_there
 
@@ -124,6 +126,13 @@ def read(folder: Path) -> dict[str, Any]:
     return about
 
 
+def training_settings(made: dict[str, Any]) -> str:
+    """SHA-256 of what a run's `made` (run.json) says of its data: the rows, and the settings of stage 1 of the shards
+    that had them."""
+    settings = Settings.from_json(json.dumps(made["shards_settings"]))
+    return hashlib.sha256(f"{made['manifest_sha256']} {settings.sha256()}".encode()).hexdigest()
+
+
 def refuse_another(out: Path, there: Config, here: Config) -> None:
     """ValueError naming the fields in which the configuration of the run in `out` differs from this one."""
     if differing := here.differences(there):
@@ -135,6 +144,8 @@ def git_commit() -> str:
     try:
         here = Path(__file__).resolve().parent
         run = {"cwd": here, "capture_output": True, "text": True, "check": True}
+        # Installed inside another project's checkout, this file is none of that project's.
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], **run)  # type: ignore[call-overload]
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
         return commit + ("+" if changed else "")

@@ -12,6 +12,7 @@ import torch
 from train import checkpoint, runs
 from train.config import Config, Finetuning, here_and_there
 from train.model import Model, build_model
+from train.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,23 @@ class Run:
         return checkpoint.sha256(self.model.video.state_dict())
 
     def about(self) -> dict[str, Any]:
-        """For the run.json of a run that begins from this one."""
-        trained_on = runs.read(self.folder)["trained_on"]
-        return {"recipe": self.recipe, "trained_on": trained_on, "weights": self.weights, "epoch": self.epoch}
+        """For the run.json of a run that begins from this one. A recipe that was changed, or not carried through, is
+        called so: results of what begins there are not those of the recipe."""
+        made = runs.read(self.folder)
+        return {
+            "recipe": ", ".join([self.recipe, *self.departures()]),
+            "trained_on": made["trained_on"],
+            "training_settings_sha256": runs.training_settings(made),
+            "weights": self.weights,
+            "epoch": self.epoch,
+        }
+
+    def departures(self) -> list[str]:
+        """In what it is not its recipe with some seed, trained to the end."""
+        usual = RECIPES.get(self.recipe)
+        changed = self.config.differences(usual.config.changed({"seed": self.config.seed})) if usual else {}
+        said = [f"{field} {own}" for field, (own, _) in changed.items()]
+        return said + ([f"epoch {self.epoch:g}"] if self.epoch != self.config.epochs else [])
 
 
 def load_run(folder: Path, weights: str = "last") -> Run:

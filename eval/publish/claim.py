@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from eval.publish.tables import Table, Value
 from eval.results import Row
+from train.recipes import RECIPES
 
 CLAIM = (
     "A compressed video has already taken itself apart: its <b>I-frames</b> show the scene, its <b>motion vectors</b> "
@@ -72,14 +73,15 @@ def _group(column: str, values: dict[str, Value]) -> str:
 
 def _altered(rows: Sequence[Row]) -> str:
     """What the latest diagnosis of the trained network says of its motion; empty where there is none."""
-    trained = [row for row in rows if (row["recipe"], row["weights"]) == ("scenes", "last")]
+    wanted = {"recipe": "scenes", "dataset": "scenes", "epoch": RECIPES["scenes"].config.epochs}
+    trained = [row for row in rows if wanted.items() <= row.items()]
     diagnosed = [row for row in trained if row["metrics"].keys() >= {*ALTERED}]
     if not diagnosed:
         return ""
     row = max(diagnosed, key=lambda r: r["when"])
     own, frozen, opposite = (f"{row['metrics'][name]:.0f} %" for name in ALTERED)
     return (
-        f'<p>It does see motion: <a href="#row-{row["id"]}">{own}</a> of its neighbours move as the query does, '
+        f'<p>Does it see motion? <a href="#row-{row["id"]}">{own}</a> of its neighbours move as the query does, '
         f"{frozen} where the query is frozen to one frame, and {opposite} move the opposite way where it runs "
         "backwards.</p>"
     )

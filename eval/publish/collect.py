@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from eval.publish.cells import FAMILIES, STEMS, trained_on
 from eval.results import KEYS, LATER, PERCENT, TEXTS, Row, digest, fault, identity
 from preprocess.command import say
 from preprocess.files import replacing
@@ -31,6 +33,7 @@ COMPARED = {
     "manifest_sha256": "it was measured with another manifest",
     "shard_settings_sha256": "its shards were made with other settings of stage 1",
     "training_settings_sha256": "it was trained with another manifest, or on shards of other settings of stage 1",
+    "pretraining_settings_sha256": "the run it began from saw another manifest, or shards of other settings of stage 1",
 }
 """Hashes that rows of one table share, and what it means where one has another."""
 Refused = list[tuple[Row, str]]
@@ -113,7 +116,8 @@ def check(
         partial(_unlike, key="shard_settings_sha256", known=settings or {}),
         partial(_unlike, key="manifest_sha256"),
         partial(_unlike, key="shard_settings_sha256"),
-        partial(_unlike, key="training_settings_sha256", among="trained_on"),
+        partial(_unlike, key="training_settings_sha256", among=lambda row: f"{row['trained_on']} ({row['subset']})"),
+        partial(_unlike, key="pretraining_settings_sha256", among=_began),
     ):
         why = reasons(kept)
         refused += [(row, why[row["id"]]) for row in kept if row["id"] in why]
@@ -206,11 +210,11 @@ def _settings(row: Row) -> str:
 
 
 def _replaced(rows: Sequence[Row]) -> dict[str, str]:
-    """Of one state of one run, the weights that were evaluated last are the run's."""
+    """Of one state of one run, or network of another program, the weights that were evaluated last are the run's."""
     states: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if "name" not in row:
-            states[str(Path(row["file"]).parent), row["weights"], row["epoch"]].append(row)
+            states[str(Path(row["file"]).parent), row["recipe"], row["weights"], row["epoch"]].append(row)
     return {
         row["id"]: "its weights (weights_sha256) have been replaced since by others of the same run and epoch"
         for of_one in states.values()
@@ -219,8 +223,18 @@ def _replaced(rows: Sequence[Row]) -> dict[str, str]:
     }
 
 
+def _began(row: Row) -> str:
+    """The pretraining whose data rows share: where tables take any manifest, as of Kinetics-400, that of the recipe."""
+    recipe = row["pretraining"]
+    free = recipe in RECIPES and trained_on(recipe) not in (*STEMS, *FAMILIES)
+    return recipe if free else f"{recipe} on {row['pretrained_on']}"
+
+
 def _unlike(
-    rows: Sequence[Row], key: str, among: str = "dataset", known: Mapping[str, str] | None = None
+    rows: Sequence[Row],
+    key: str,
+    among: Callable[[Row], str] = itemgetter("dataset"),
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Rows whose `key` is not the `known` one of their `among`; where none are given, not that of most rows with the
     same `among` (of equal camps the later one stays). A row of an earlier program without the key passes."""
@@ -228,13 +242,13 @@ def _unlike(
         camps: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             if row[key]:
-                camps[row[among]][row[key]].append(row["when"])
+                camps[among(row)][row[key]].append(row["when"])
         known = {name: max(of, key=lambda k, of=of: (len(of[k]), max(of[k]))) for name, of in camps.items()}  # type: ignore[misc]
         whose = "that of most rows on {}"
     else:
         whose = "that of {} at hand"
     return {
-        row["id"]: f"{COMPARED[key]} ({key} {row[key][:8]}, {whose.format(row[among])} {known[row[among]][:8]})"
+        row["id"]: f"{COMPARED[key]} ({key} {row[key][:8]}, {whose.format(among(row))} {known[among(row)][:8]})"
         for row in rows
-        if row[key] and row[key] != known.get(row[among], row[key])
+        if row[key] and row[key] != known.get(among(row), row[key])
     }

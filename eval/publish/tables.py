@@ -111,14 +111,22 @@ class Table:
     @property
     def notes(self) -> list[str]:
         """Sentences on some of its cells, and on the errors of its columns."""
-        found: dict[str, list[str]] = {}
+        found: dict[str, dict[str, list[str]]] = {}
         for (row, column), e in self.entries.items():
             for note in (e.note if e.paper else "", e.provenance):
                 if note:
-                    found.setdefault(note, []).append(f"{row}, {column}")
-        notes = [f"{of[0]}{' to ' + of[-1] if len(of) > 1 else ''}: {note}." for note, of in found.items()]
-        if errors := [f"{c} {_range(of)}" for c in self.columns if (of := self.beside(c, "errors"))]:
-            notes.append(f"One standard error, groups of clips resampled: {', '.join(errors)} points.")
+                    found.setdefault(note, {}).setdefault(row, []).append(column)
+        where = {
+            note: "; ".join(f"{row} ({', '.join(of)})" for row, of in rows.items()) for note, rows in found.items()
+        }
+        notes = [f"{of}: {note}." for note, of in where.items()]
+        known = {c: of for c in self.columns if (of := self.beside(c, "errors"))}
+        if known:
+            every = sum(len(e.value.rows) for (_, c), e in self.entries.items() if e.value and c in known)
+            have = sum(map(len, known.values()))
+            which = "" if have == every else f" ({have} of {every} numbers were stored with theirs)"
+            errors = ", ".join(f"{c} {_range(of)}" for c, of in known.items())
+            notes.append(f"One standard error, groups of clips resampled{which}: {errors} points.")
         return notes
 
     def ours(self, row: str) -> bool:
@@ -137,7 +145,8 @@ def build(rows: Sequence[Row], names: Iterable[str] = (*NINE, *FAMILIES)) -> lis
         entries = {(cell.row, cell.column): Entry(cell=cell) for cell in cells([name])}
         if not entries:  # no recipe of it
             continue
-        for dataset in sorted({r["dataset"] for r in rows if r["recipe"].split("-")[0] == name}) or [""]:
+        mine = {r["dataset"] for r in rows if any(e.cell and e.cell.is_of(r, r["dataset"]) for e in entries.values())}
+        for dataset in sorted(mine) or [""]:
             label = name if dataset in ("", name) else f"{name} on {dataset}"
             tables.append(_table(label, TITLES[name], entries, rows, dataset))
     return tables
@@ -213,6 +222,13 @@ def document(tables: Sequence[Table], refused: Refused) -> str:
     head = ["# Tables", "", f"{about} a dash in the paper.", ""]
     tail = ["## Rows left out", "", *(f"- `{row['file']}`: {reason}." for row, reason in refused)] if refused else []
     return "\n".join([*head, *(markdown(t) for t in tables), *tail]).rstrip() + "\n"
+
+
+def idle(tables: Sequence[Table], rows: Sequence[Row]) -> list[str]:
+    """What of the rows fills no cell at all: 'RECIPE on DATASET', each once."""
+    shown = {row["id"] for t in tables for e in t.entries.values() if e.value for row in e.value.rows}
+    every = {row["id"]: f"{row['recipe']} on {row['dataset']}" for row in rows}
+    return sorted({*every.values()} - {every[each] for each in shown})
 
 
 def counted(tables: Sequence[Table]) -> dict[str, str]:
