@@ -55,6 +55,8 @@ def hmdb51(lists: Path) -> dict[str, Table]:
     The lists hold bare names; the archives unpack into one folder a class, so the path is CLASS/NAME.
     Raises ValueError where a line has another form or a split lists a video twice.
     """
+    if not lists.is_dir():
+        raise ValueError(f"{lists} is no folder: give the one that the official lists were unpacked into")
     splits: dict[str, Table] = {}
     for n in (1, 2, 3):
         table = splits[f"hmdb51_split{n}.csv"] = {}

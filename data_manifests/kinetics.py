@@ -143,7 +143,8 @@ def main() -> None:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(
         f"{len(found.manifest.paths)} videos in {arguments.out}; {len(found.missing)} annotated videos are missing "
-        f"({missing}); {len(found.unannotated)} files on disk are in no list and left out"
+        f"({missing}); left out are {len(found.unannotated)} files that are in no list, and {len(found.copies)} other "
+        "files of videos that are taken"
     )
 
 

@@ -42,8 +42,8 @@ def run(
     """Re-encode the videos of a manifest with a fixed GOP and store frames, I-frames and motion vectors in shards.
 
     Re-running finishes what is missing, within a shard too; rows that were appended to the manifest are added. Ends
-    with status 0 when every video is stored, 3 when more than --max-failures are not (OUT/failures.csv says which and
-    why).
+    with status 3 when more than --max-failures videos could not be stored (OUT/failures.csv says which and why), else
+    with 0, also where shards are left to another process that works on them.
 
     Args:
         manifest: CSV with the columns path,label,subset; see data_manifests/ and the verb `manifest`.
@@ -58,7 +58,7 @@ def run(
         part: i/n makes every n-th shard only, for a job array on a shared file system: 1/16 … 16/16.
         retry_failed: Try the failed videos of finished shards again; the others are kept.
         max_failures: So many videos may fail without status 3, for jobs that begin after this one (afterok).
-        time_limit: Seconds without progress, which is twelve frames, before a video's decoder is replaced.
+        time_limit: Seconds without progress, which is a group of twelve frames, before a video's decoder is replaced.
         reader: What reads the motion vectors: PyAV, in the decode that gives the pictures, or mvextractor, in one of
             its own (Linux on x86-64). The bytes are the same.
         residuals: Write the energy of what motion vectors did not predict, exact, into a file beside each shard; two

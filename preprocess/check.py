@@ -51,8 +51,9 @@ def problems(folder: Path, workers: int = 1) -> list[str]:
 
 def file_problems(path: Path) -> list[str]:
     """Everything wrong with one shard and what lies beside it: checksums, then, if it can be read, contents."""
-    found = checksum_problems(path)
+    found: list[str] = []
     try:
+        found += checksum_problems(path)
         shard = Shard(path)
         found += content_problems(shard)
         of_beside = {"flow": flow_problems, "residual": residual_problems}
@@ -112,7 +113,7 @@ def checksum_problems(path: Path) -> list[str]:
     sidecar = checksum_path(path)
     if not sidecar.exists():
         return [f"{path}: {sidecar.name} is missing"]
-    if sidecar.read_text() != f"{file_sha256(path)}  {path.name}\n":
+    if sidecar.read_bytes() != f"{file_sha256(path)}  {path.name}\n".encode():
         return [f"{path}: the checksum differs: the file changed after it was written; delete it and run again"]
     return []
 
@@ -157,7 +158,8 @@ def describe(folder: Path) -> str:
         raise ValueError(NO_SHARDS.format(folder))
     journals = [path.read_bytes() for work in begun for path in work.glob(JOURNAL)]
     finished = sum(max(0, text.count(b"\n") - 1) for text in journals)
-    lines = [f"begun     {len(begun)} more, with {finished} videos finished"] if begun else []
+    of_these = f", with {finished} videos finished" if journals else ""  # else they lie in the --spool
+    lines = [f"begun     {len(begun)} more{of_these}"] if begun else []
     if not shards:
         return "\n".join(["shards    none finished", *lines])
     seconds = 0.0

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,9 +32,11 @@ from preprocess.writer import Spool
 PR_SET_PDEATHSIG = 1
 PIPE_BYTES = 1 << 16
 LARGE = 1 << 30  # bytes; a disk that has room for as many is not full: what does not fit is the video's fault
+MOST_SECONDS = 1e6  # of a time limit, eleven days; what the system can wait for has an end
 START_SECONDS = 300.0  # to load the libraries, from a busy network disk at worst
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNREADABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN)
+STOPPED = "the run is being stopped"
 OUR_ERRORS = (*DISK_FULL, *UNREADABLE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 Reader = Literal["pyav", "mvextractor"]
@@ -58,10 +60,17 @@ def convert(
 ) -> dict[str, Any]:
     """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
 
-    Residuals are computed where the spool takes them. `alive` is called after each group of pictures. Raises ValueError
-    or av.FFmpegError where the video cannot be stored; the spool then holds a part of it.
+    Residuals are computed where the spool takes them. `alive` is called for each group of pictures, when it is encoded
+    and when it is read. Raises ValueError or av.FFmpegError where the video cannot be stored; the spool then holds a
+    part of it.
     """
     from preprocess import encode, extract  # only the child loads the codecs
+
+    def encoded() -> Iterator[Any]:
+        for number, packet in enumerate(encode.packets(source, settings, video)):
+            if number % settings.gop == 0:
+                alive()
+            yield packet
 
     video = encode.Source()
     stream = None if reader == "pyav" else spool.path("encoded.m4v")
@@ -69,8 +78,7 @@ def convert(
     iframe_bytes: list[int] = []
     with ExitStack() as files:
         spooled = [files.enter_context(open(spool.path(name), "ab")) for name in spool.names]
-        packets, residuals = encode.packets(source, settings, video), "residual" in spool.names
-        for group in extract.groups(packets, settings, stream, residuals):
+        for group in extract.groups(encoded(), settings, stream, "residual" in spool.names):
             pieces = b"".join(group.frames), group.iframe, group.motion.tobytes(), group.residual.tobytes()
             for file, piece in zip(spooled, pieces):
                 file.write(piece)
@@ -235,6 +243,8 @@ class Codec:
                 raise CodecError(f"no progress within {time_limit:g} s (--time-limit)")
             piece = os.read(child.stdout.fileno(), PIPE_BYTES)
             if not piece:
+                if self._closed:  # it was killed for that: no fault of the video's
+                    raise RuntimeError(STOPPED)
                 status = child.wait()
                 self._stop()
                 raise CodecLost(self._last_words(status))
@@ -244,7 +254,7 @@ class Codec:
     def _start(self) -> subprocess.Popen[bytes]:
         with self._lock:
             if self._closed:
-                raise RuntimeError("the run is being stopped")
+                raise RuntimeError(STOPPED)
             child = self._child = subprocess.Popen(
                 [*self.command, str(os.getpid())],
                 stdin=subprocess.PIPE,
@@ -280,6 +290,12 @@ class Codec:
         return f"the decoder process ended with status {status}: {lines[-1] if lines else 'no message'}"
 
 
+def check_time_limit(seconds: float) -> None:
+    """ValueError where --time-limit is beyond its limits, or NaN."""
+    if not 0 < seconds <= MOST_SECONDS:
+        raise ValueError(f"--time-limit is {seconds:g}; it must be more than 0 and at most {MOST_SECONDS:g} seconds")
+
+
 def spread(make: Callable[[Task, Codec], Made], tasks: Sequence[Task], workers: int) -> list[Made]:
     """make(task, codec) of every task, in any order, by `workers` threads that each own a codec.
 
@@ -311,7 +327,8 @@ def spread(make: Callable[[Task, Codec], Made], tasks: Sequence[Task], workers: 
 
 def plain(message: str, source: Path, path: str) -> str:
     """A reason that names the video as the manifest does, without memory addresses: the same bytes anywhere."""
-    text = message.replace(str(source), path)
+    # OSError shows a name as Python writes it, some characters as escapes.
+    text = message.replace(repr(str(source))[1:-1], path).replace(str(source), path)
     return " ".join(re.sub(r"0x[0-9a-fA-F]+", "0x…", text).split())
 
 

@@ -65,8 +65,8 @@ def ended(command: Callable[[], int], interrupted: str, errors: tuple[type[Excep
         status = command()
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read the output has seen enough (| head): end quietly, the flush at exit included
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        unheard()
         return DONE
     except told as error:
         say(f"error: {error}")
@@ -74,6 +74,11 @@ def ended(command: Callable[[], int], interrupted: str, errors: tuple[type[Excep
     except KeyboardInterrupt:
         say(interrupted)
         return INTERRUPTED
+
+
+def unheard() -> None:
+    """Whoever read the output has seen enough (| head): what follows, the flush at exit included, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def at_least(name: str, value: float, least: int) -> None:

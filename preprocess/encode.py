@@ -232,6 +232,8 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
     whether the file goes on to its end: then what it holds is all there is.
     """
     if stream.frames:
+        if container.format.name == ISO_MEDIA:  # an edit list takes most of what it hides out of the index
+            return sum(not entry.is_discard for entry in stream.index_entries)
         return stream.frames - source.hidden
     if container.format.name not in DECLARES_DURATION:
         return 0

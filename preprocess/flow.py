@@ -18,7 +18,7 @@ from typing import Any
 import av
 import numpy as np
 
-from preprocess.codec import Codec, CodecError, plain, spread
+from preprocess.codec import Codec, CodecError, check_time_limit, plain, spread
 from preprocess.command import say
 from preprocess.encode import pixels
 from preprocess.pipeline import Progress, library_versions
@@ -41,8 +41,7 @@ def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0)
     Raises ValueError where the flow that is there belongs to other shards, where the extra is missing, or where a video
     is not the one that the shard holds.
     """
-    if time_limit <= 0:
-        raise ValueError(f"--time-limit is {time_limit:g}; it must be more than 0 seconds")
+    check_time_limit(time_limit)
     try:
         versions = library_versions(LIBRARIES)
     except PackageNotFoundError as error:

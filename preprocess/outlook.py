@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.command import say
-from preprocess.manifest import Manifest
+from preprocess.command import say, unheard
 from preprocess.schema import Settings, shard_paths
 from preprocess.shards import Shard
 
@@ -23,12 +22,12 @@ PIXEL_BYTES = 0.28  # of a JPEG of quality 90, on real video
 CHILD_SECONDS = 60.0
 
 
-def present(manifest: Manifest, videos: Path) -> tuple[str, ...]:
-    """Paths of some videos, from all over the manifest, that are in the folder; ValueError where most are not."""
-    some = np.unique(np.linspace(0, len(manifest) - 1, LOOKED_AT).astype(int))
-    found = [manifest.paths[row] for row in some if (videos / manifest.paths[row]).exists()]
+def present(paths: Sequence[str], videos: Path) -> tuple[str, ...]:
+    """Some of the paths, from all over the manifest, that are in the folder; ValueError where most are not."""
+    some = [paths[k] for k in np.unique(np.linspace(0, len(paths) - 1, min(len(paths), LOOKED_AT)).astype(int))]
+    found = [path for path in some if os.path.exists(videos / path)]
     if missing := len(some) - len(found):
-        first = next(manifest.paths[row] for row in some if manifest.paths[row] not in found)
+        first = next(path for path in some if path not in found)
         text = f"{missing} of {len(some)} videos of the manifest are not in {videos}, such as {videos / first}"
         if missing > len(found):
             raise ValueError(
@@ -45,7 +44,10 @@ def tell(
     """Print what is to be done: `todo` of `shards`, which lack so many `videos`, some of them at `sources`."""
     needed, free = videos * _video_bytes(out, sources, settings), _free(out)
     room = f"; about {_size(needed)}, and {_size(free)} are free" if needed else ""
-    print(f"{shards} shards, {shards - todo} already there: {videos} videos to do{room}", flush=True)
+    try:
+        print(f"{shards} shards, {shards - todo} already there: {videos} videos to do{room}", flush=True)
+    except BrokenPipeError:  # the work is to be done all the same
+        unheard()
     if needed > free:
         say(f"warning: about {_size(needed)} are needed in {out}, and {_size(free)} are free")
     if todo < workers:

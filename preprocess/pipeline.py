@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import threading
@@ -21,11 +22,11 @@ from tqdm import tqdm
 
 from preprocess import outlook
 from preprocess.check import checksum_problems
-from preprocess.codec import Codec, CodecError, Reader, plain, spread
+from preprocess.codec import Codec, CodecError, Reader, check_time_limit, plain, spread
 from preprocess.command import at_least, say
 from preprocess.manifest import Manifest
 from preprocess.schema import Failure, Origin, Settings, beside_path, shard_name, shard_paths
-from preprocess.shards import Shard
+from preprocess.shards import Shard, open_shard
 from preprocess.summary import Summary, write_failures
 from preprocess.writer import Busy, Journal, Spool, Video, copy_video, working, write_shard
 
@@ -57,6 +58,8 @@ class Task:
     """Folder for the spool; None: beside the shard."""
     witnesses: tuple[str, ...] = ()
     """Paths of videos that were there when the run began."""
+    lacks: int = 0
+    """How many videos were to be encoded when the run began."""
 
     @property
     def shard(self) -> Path:
@@ -145,13 +148,13 @@ def run(
     by the file that it writes; its workers must see the same folders. A `dry_run` only says what would be done.
 
     Raises ValueError, before any work, where the folder holds shards of other settings, library versions, paths or
-    labels, or most videos are not there; RuntimeError where a worker is lost, or the videos' folder.
+    labels, or most videos that were never tried are not there; RuntimeError where a worker is lost, or the videos'
+    folder.
     """
     started = time.monotonic()
     if (backend == "dask") != (scheduler is not None):
         raise ValueError("--backend dask needs --scheduler ADDRESS (such as tcp://node1:8786), and only it takes one")
-    if time_limit <= 0:
-        raise ValueError(f"--time-limit is {time_limit:g}; it must be more than 0 seconds")
+    check_time_limit(time_limit)
     if reader == "mvextractor" and not find_spec("mvextractor"):
         raise ValueError(
             "--reader mvextractor needs the package motion-vector-extractor, which there is for Linux on x86-64: "
@@ -185,8 +188,8 @@ def run(
     lacks = {t.number: lacking(t) for t in mine}
     todo = [t for t in mine if lacks[t.number]]
     if todo or dry_run:
-        witnesses = outlook.present(manifest, videos)
-        todo = [replace(t, witnesses=witnesses) for t in todo]
+        witnesses = outlook.present([path for task in todo for path in untried(task)], videos)
+        todo = [replace(t, witnesses=witnesses, lacks=lacks[t.number]) for t in todo]
         count = 0 if backend == "dask" else workers
         outlook.tell(out, len(mine), len(todo), sum(lacks.values()), [videos / w for w in witnesses], settings, count)
     if dry_run:
@@ -220,6 +223,8 @@ def _make_on_dask(todo: list[Task], scheduler: str | None, progress: Progress) -
     made: list[Made | None] = []
     # A file that the scheduler has still to write is waited for.
     named = "scheduler_file" if str(scheduler).endswith(".json") else "address"
+    if named == "scheduler_file" and not os.path.exists(str(scheduler)):
+        say(f"waiting for {scheduler}, which a Dask scheduler is to write")
     with Client(**{named: scheduler}, set_as_default=False) as client, client.as_current():
         futures = client.map(_make_alone, todo, retries=1, pure=False)
         tasks = {future.key: task for future, task in zip(futures, todo)}
@@ -227,11 +232,10 @@ def _make_on_dask(todo: list[Task], scheduler: str | None, progress: Progress) -
             for future, result in as_completed(futures, with_results=True):
                 task = tasks[future.key]
                 made.append(result)
+                progress.skip(task.lacks - (result.videos + result.failures if result else 0))
                 if result:
                     _await(task.shard)
                     progress.add(*result[1:])
-                else:
-                    progress.skip(len(task.paths))
         except KilledWorker as error:
             raise RuntimeError(
                 f"a shard's worker was killed again and again, probably for lack of memory ({error}): start fewer "
@@ -288,7 +292,9 @@ def library_versions(names: Sequence[str]) -> dict[str, str]:
 def refuse_foreign(out: Path, tasks: list[Task]) -> None:
     """Raise ValueError where the folder holds shards that this run would not make; nothing is deleted."""
     for path in shard_paths(out):
-        shard = Shard(path)
+        shard = open_shard(path)
+        if shard is None:  # another process, which looked at it too, puts a new one there
+            continue
         differences = tasks[0].origin.differences(shard.origin)
         if beside_path(path, "residual").exists() != tasks[0].residuals:
             differences.append(f"--residuals: {not tasks[0].residuals} there, {tasks[0].residuals} here")
@@ -317,10 +323,16 @@ def _other_rows(shard: Shard, tasks: list[Task]) -> list[str]:
 
 def lacking(task: Task) -> int:
     """How many videos are to be encoded until a shard is what it should be."""
-    if not task.shard.exists():
+    shard = open_shard(task.shard)
+    if shard is None:
         return len(task.paths)
-    shard = Shard(task.shard)
     return len(task.paths) - len(shard) - (0 if task.retry_failed else len(shard.failed))
+
+
+def untried(task: Task) -> tuple[str, ...]:
+    """Paths of the rows that came after a shard was made, or of all."""
+    shard = open_shard(task.shard)
+    return task.paths[0 if shard is None else shard.rows :]
 
 
 def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Made | None:
@@ -338,31 +350,32 @@ def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Ma
         say(f"{busy}: it is left to that")
         made = None
     if progress:
-        progress.skip(len(task.paths))
+        progress.skip(task.lacks)
     return made
 
 
 def _make(task: Task, codec: Codec, journal: Journal, progress: Progress | None) -> Made:
-    before = Shard(task.shard) if task.shard.exists() else None
-    if before and (problems := checksum_problems(task.shard)):
+    before = open_shard(task.shard)
+    if before is not None and (problems := checksum_problems(task.shard)):
         raise ValueError(problems[0])
     held = {path: k for k, path in enumerate(before.paths)} if before else {}
-    tried = {f.path: f.reason for f in before.failed} if before and not task.retry_failed else {}
+    tried = {f.path: f.reason for f in before.failed} if before is not None and not task.retry_failed else {}
     videos: list[Video] = []
     failures: list[Failure] = []
-    done = frames = 0
+    counts = (0, 0, 0)
 
     def entry(path: str) -> dict[str, Any]:
         """A video in the spool and what the index needs, or the reason why not."""
-        nonlocal done, frames
+        nonlocal counts
         if before and path in held:
             return copy_video(before, held[path], journal.spool)
         if path in tried:
             return {"reason": tried[path]}
         stored = _store(codec, task, journal.spool, path)
+        added = (0, 0, 1) if "reason" in stored else (1, len(stored["frame_bytes"]), 0)
         if progress:
-            progress.add(*((0, 0, 1) if "reason" in stored else (1, len(stored["frame_bytes"]))))
-        done, frames = done + 1, frames + len(stored.get("frame_bytes", ()))
+            progress.add(*added)
+        counts = (counts[0] + added[0], counts[1] + added[1], counts[2] + added[2])
         return stored
 
     if progress:
@@ -381,8 +394,7 @@ def _make(task: Task, codec: Codec, journal: Journal, progress: Progress | None)
     if gained:
         journal.save()
         write_shard(task.out, task.number, task.origin, task.first_row, rows, videos, failures, journal.spool)
-    failed = sum(f.path not in tried for f in failures)
-    return Made(int(gained), done - failed, frames, failed)
+    return Made(int(gained), *counts)
 
 
 def _store(codec: Codec, task: Task, spool: Spool, path: str) -> dict[str, Any]:
@@ -391,7 +403,7 @@ def _store(codec: Codec, task: Task, spool: Spool, path: str) -> dict[str, Any]:
     try:
         return codec.run("convert", source, spool, task.origin.settings, task.time_limit, reader=task.reader)
     except CodecError as error:
-        if task.witnesses and not any(p.exists() for p in (source, *(task.videos / w for w in task.witnesses))):
+        if task.witnesses and not any(map(os.path.exists, (source, *(task.videos / w for w in task.witnesses)))):
             raise RuntimeError(
                 f"{source} is not there, nor is any of {len(task.witnesses)} videos that were when the run began, such "
                 f"as {task.witnesses[0]}: see that {task.videos} is mounted, and run the same command again"

@@ -45,8 +45,8 @@ def _unpack(data: np.ndarray, offset: np.ndarray) -> list[str]:
 class Shard:
     """One finished shard, mapped read-only. Safe in forked and spawned workers: HDF5 is open only in the constructor.
 
-    Attributes (n videos, F frames, K I-frames): `row`, `label`, `fps`, `source_size`, `frame_offset`, `decode_errors`,
-    `frame_jpeg_offset`, `iframe_jpeg_offset`, `iframe_frame` and `motion` are the mapped columns of the table above.
+    Columns of the table in `preprocess.schema`, mapped, are `row`, `label`, `fps`, `source_size`, `frame_offset`,
+    `decode_errors`, `iframe_frame` and `motion`.
 
     Raises ValueError naming file and dataset where the file is not a shard of this version, or, when a column is first
     read, where that is damaged so that reading would leave the file; a flipped bit inside the data is found by its
@@ -212,6 +212,16 @@ class Shard:
         expect(self[f"{kind}/jpeg"], offset[numbers], offset[numbers + 1])
 
 
+def open_shard(path: Path) -> Shard | None:
+    """The shard at a path; None where there is none, as while another process puts a new one there. Raises as Shard."""
+    try:
+        return Shard(path)
+    except ValueError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
 @contextmanager
 def _blaming(path: Path, what: str) -> Iterator[None]:
     """Name the file in errors of reading it, whatever HDF5 makes of damaged metadata: all become ValueError."""
@@ -361,7 +371,8 @@ class ShardSet:
         if [s.first_row + s.rows for s in self.shards] != ends.tolist() or len({*paths}) < len(paths):
             raise ValueError(
                 f"the shards of {self.folder} were made from manifests that do not follow each other: rows or videos "
-                "are there twice, or missing. Make them anew, in another folder, from one manifest"
+                "are there twice, or missing. Where rows were appended, run every --part to its end; else make them "
+                "anew, in another folder, from one manifest"
             )
 
     def _numbers(self, shard: Shard) -> np.ndarray:

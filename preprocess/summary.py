@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from preprocess.files import replacing
 from preprocess.schema import Failure, shard_paths
-from preprocess.shards import Shard
+from preprocess.shards import open_shard
 
 REASONS = 20  # of failures, shown in the end
 
@@ -31,11 +32,12 @@ class Summary:
 
 def write_failures(out: Path) -> list[Failure]:
     """Collect the failure rows of every finished shard into failures.csv; returns them."""
-    seen: list[tuple[str, int]] | None = None
+    seen: dict[str, int] | None = None
     failures: list[Failure] = []
     # Of several parts, the last to come sees every shard; none writes over it what it saw before.
-    while seen != (there := [(p.name, p.stat().st_ino) for p in shard_paths(out)]):
-        seen, failures = there, [f for p in shard_paths(out) for f in Shard(p).failed]
+    while seen != (there := _inodes(out)):
+        shards = (open_shard(p) for p in shard_paths(out))
+        seen, failures = there, [f for s in shards if s is not None for f in s.failed]
         with (
             replacing(out / "failures.csv") as partial,
             open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -44,6 +46,14 @@ def write_failures(out: Path) -> list[Failure]:
             writer.writerow(Failure._fields)
             writer.writerows(failures)
     return failures
+
+
+def _inodes(out: Path) -> dict[str, int]:
+    found = {}
+    for path in shard_paths(out):
+        with suppress(FileNotFoundError):  # another process puts a new one there
+            found[path.name] = path.stat().st_ino
+    return found
 
 
 def report(summary: Summary, out: Path) -> None:

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from preprocess.command import say
 from preprocess.files import replacing
 from preprocess.schema import BESIDE, beside_path, checksum_path, file_sha256, shard_name
-from preprocess.shards import ShardSet
+from preprocess.shards import Shard, ShardSet
 
 BATCH = 16  # shards that are looked for at once
+WEB = ("http://", "https://")
 PATIENCE = 60  # seconds without a byte from a web server
 
 
@@ -45,7 +46,7 @@ class Place:
     def at(cls, address: str) -> Place:
         options = {}
         try:
-            if address.startswith("http"):
+            if address.startswith(WEB):
                 from aiohttp import ClientTimeout
 
                 # Its own limit is five minutes a file, whatever comes.
@@ -111,7 +112,7 @@ def copy(source_address: str, target_address: str, workers: int = 8) -> tuple[in
     OSError where a transfer fails.
     """
     source, target = Place.at(source_address), Place.at(target_address)
-    if target_address.startswith("http"):
+    if target_address.startswith(WEB):
         raise ValueError(f"{target_address}: a web server is a place to copy from, not to")
     expected = [s.path.name for s in ShardSet(source.root).shards] if source.local else [shard_name(0)]
     with _alone(Path(target.root)) if target.local else tempfile.TemporaryDirectory() as scratch:
@@ -130,7 +131,7 @@ def copy(source_address: str, target_address: str, workers: int = 8) -> tuple[in
         if todo:
             say(f"copying {len(todo)} files, {total / 1e9:.2f} GB, from {source.address} to {target.address}")
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-            _each(workers, lambda name: _copy(source, target, name, sums[name], Path(scratch), bar), todo)
+            _each(workers, lambda name: _copy(source, target, name, sums, Path(scratch), bar), todo)
         failures = source.read("failures.csv")
         if failures is not None and failures != target.read("failures.csv"):
             target.write("failures.csv", failures)
@@ -162,9 +163,9 @@ def _with_beside(shard: str) -> list[str]:
     return [shard, *(beside_path(Path(shard), name).name for name in BESIDE)]
 
 
-def _copy(source: Place, target: Place, name: str, line: bytes, scratch: Path, bar: tqdm) -> None:
-    """One file, then its checksum; what was not checked gets its name nowhere."""
-    told, file = Told(bar), scratch / name
+def _copy(source: Place, target: Place, name: str, sums: dict[str, bytes], scratch: Path, bar: tqdm) -> None:
+    """One file, then its checksum; what was not checked gets its name nowhere, nor does a shard of no whole set."""
+    told, file, line = Told(bar), scratch / name, sums[name]
     if source.local and not target.local:
         file = Path(source.path(name))
     else:
@@ -173,6 +174,10 @@ def _copy(source: Place, target: Place, name: str, line: bytes, scratch: Path, b
             source.fs.get_file(source.path(name), str(file), callback=callback)
     if file_sha256(file) != line.split()[0].decode():
         raise ValueError(f"{source.address}/{name} is damaged: its bytes are not those of its checksum")
+    if Path(name).suffixes == [".h5"]:
+        count = Shard(file).origin.shards
+        if shard_name(count - 1) not in sums:
+            raise ValueError(f"{source.address} holds no whole set: the checksum of one of {count} shards is not there")
     with _explaining(f"{target.address}/{name} could not be written"):
         if target.local:
             with open(file, "rb") as f:

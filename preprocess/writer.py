@@ -116,7 +116,10 @@ class Journal:
         for line in lines if first == head else []:
             if not line.endswith(b"\n"):  # the kill came while it was written
                 break
-            after, entry = json.loads(line)
+            try:
+                after, entry = json.loads(line)
+            except ValueError:  # the power went before the disk had taken it
+                break
             if any(size > has for size, has in zip(after, there)):  # someone cut the spool
                 break
             self.kept.append(entry)
@@ -169,9 +172,10 @@ def working(
     except OSError as error:
         # HDF5 hides the system's reason in the middle of its own.
         number = error.errno or next(iter(map(int, re.findall(r"errno = (\d+)", str(error)))), 0)
+        room = f"{target.parent} and {scratch}" if scratch else target.parent
         reason = f"{os.strerror(number)}{f' ({error.filename})' if error.filename else ''}" if number else error
         raise OSError(
-            f"{target} cannot be made: {reason}. Make room in {target.parent}, or "
+            f"{target} cannot be made: {reason}. Make room in {room}, or "
             "mend what this names, and run the same command again: finished shards are kept"
         ) from error
 
@@ -198,7 +202,7 @@ def _alone(folder: Path) -> Iterator[None]:
         if not held:
             raise busy
         yield
-        for file in folder.iterdir():
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "lock"):  # after which another may come
             file.unlink()
     # Closed first: of a file that is open, NFS keeps another name in the folder, which then cannot be removed.
     with suppress(OSError):  # another process has come
@@ -302,6 +306,8 @@ def write_beside(
     dtype, dimensions = BESIDE[name]
     with _publishing(beside_path(path, name)) as partial:
         _assemble(partial, attributes, {name: (dtype, shard.motion.shape[:dimensions])}, {}, spool)
+        if shard.path != path:  # the shard before leaves first: what comes does not belong to it
+            path.unlink(missing_ok=True)
     return beside_path(path, name)
 
 

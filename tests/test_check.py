@@ -64,10 +64,11 @@ def test_check_finds_many_flipped_bits(sound: Path) -> None:
 def test_check_finds_a_missing_a_changed_and_a_foreign_checksum(sound: Path) -> None:
     sidecar = sound.with_name(sound.name + ".sha256")
     line = sidecar.read_text()
-    for text, words in ("", "checksum differs"), ("0" + line[1:], "checksum differs"), (None, "missing"):
+    other = [b"", b"0" + line[1:].encode(), b"\xff" + line[1:].encode()]
+    for content, words in *((bad, "checksum differs") for bad in other), (None, "missing"):
         sidecar.unlink()
-        if text is not None:
-            sidecar.write_text(text)
+        if content is not None:
+            sidecar.write_bytes(content)
         assert any(words in p for p in check.problems(sound.parent))
         sidecar.write_text(line)
     assert check.problems(sound.parent) == []

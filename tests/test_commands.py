@@ -73,6 +73,8 @@ WRONG = {
     f"{RUN} --part 3/2": "--part 3/2",
     f"{RUN} --videos-per-shard 0": "--videos-per-shard is 0; choose 1 or more",
     f"{RUN} --time-limit 0": "--time-limit is 0; it must be more",
+    f"{RUN} --time-limit inf": r"--time-limit is inf; it must be more than 0 and at most 1e\+06",
+    f"{RUN} --time-limit nan": "--time-limit is nan; it must be more",
     f"{RUN} --jpeg-quality 101": "jpeg_quality is 101; choose a value from 1 to 100",
     "preprocess check SHARDS --workers 0": "--workers is 0; choose 1",
     "preprocess synthetic --out OUT --workers 0": "--workers is 0; choose 1",

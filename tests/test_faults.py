@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,7 @@ WORKS: dict[str, tuple[int, int, int]] = {
 # name -> words of the reason
 FAILS: dict[str, str] = {
     "missing.mp4": "No such file",
+    f"{300 * 'long'}.mp4": "File name too long",
     "empty.mp4": "an empty file",
     "text.avi": "Invalid data",
     "text.txt": "text file",
@@ -265,7 +267,9 @@ def convert(source, spool, settings, alive, **options):
             half.write(b"half a picture")
     if name.startswith("crash"):
         os.abort()
-    if name.startswith("hang"):
+    if name.startswith("again") and not first:
+        flag.with_suffix(".second").touch()
+    if name.startswith("hang") or (name.startswith("again") and not first):
         time.sleep(10_000)
     if name.startswith("full"):
         while not Path(source).with_name("hang.mp4.flag").exists():
@@ -273,7 +277,7 @@ def convert(source, spool, settings, alive, **options):
         raise OSError(28, "No space left on device")
     if name.startswith("die"):
         raise IndexError("out of my depth")
-    if name.startswith("kill") or (name.startswith("stumble") and first):
+    if name.startswith("kill") or (name.startswith(("stumble", "again")) and first):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(source, spool, settings, alive, **options)
 
@@ -341,6 +345,14 @@ def test_a_killed_run_takes_busy_decoders_with_it(tmp_path: Path) -> None:
     wait_for(lambda: not session(run.pid), "the decoders to end")
 
 
+def test_a_stop_makes_no_failure_of_the_video_that_is_tried_again(tmp_path: Path) -> None:
+    run = bad_run(tmp_path, "again.mp4")
+    wait_for(lambda: list(tmp_path.glob("*.second")), "the second attempt")
+    run.send_signal(signal.SIGINT)
+    assert run.communicate()[1].splitlines()[-1] == "KeyboardInterrupt"
+    assert not list(tmp_path.glob("shards/shard-*"))
+
+
 def test_a_decoder_that_does_not_start_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "a.mp4", FRAMES[:2])
     monkeypatch.setattr(Codec, "command", (sys.executable, "-c", "raise SystemExit('library not found')"))
@@ -351,3 +363,5 @@ def test_a_decoder_that_does_not_start_stops_the_run(tmp_path: Path, monkeypatch
 def test_reasons_name_no_place_and_no_address() -> None:
     message = "[Errno 2] No such file: '/data/set/a b/x.avi' at 0x7f12ab"
     assert plain(message, Path("/data/set/a b/x.avi"), "a b/x.avi") == "[Errno 2] No such file: 'a b/x.avi' at 0x…"
+    error = FileNotFoundError(2, "No such file", "/data/set/fu\u3000ji.avi")
+    assert plain(str(error), Path(error.filename), "fu\u3000ji.avi") == "[Errno 2] No such file: 'fu ji.avi'"

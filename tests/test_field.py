@@ -115,6 +115,27 @@ def test_a_cut_file_is_refused_or_counted(name: str, tmp_path: Path) -> None:
             convert(cut)
 
 
+@pytest.mark.parametrize("first", [0, 30])
+@pytest.mark.parametrize("name", ["a.mp4", "b.mov"])
+def test_what_an_editor_trimmed_is_no_loss(name: str, first: int, tmp_path: Path) -> None:
+    """It leaves all frames in the file and says which 70 to show; of those that are then lost, the count is told."""
+    codec_name = "mpeg4" if name == "b.mov" else "libx264"
+    path = write(tmp_path / name, codec_name=codec_name, options={}, muxer={"movflags": "faststart"})
+    data = bytearray(path.read_bytes())
+    start = data.index(b"elst") + 12  # behind its version and the number of its entries
+    duration, begin = struct.unpack_from(">Ii", data, start)  # in ticks of the film and of the stream
+    with av.open(str(path)) as container:
+        ticks = int(1 / container.streams.video[0].time_base / SECOND)
+    struct.pack_into(">Ii", data, start, duration * 70 // 100, begin + first * ticks)
+    path.write_bytes(data)
+    stored = convert(path)
+    assert (len(stored.frames), stored.errors) == (70, 0)
+    cut = tmp_path / f"cut {name}"
+    cut.write_bytes(data[: (data.index(b"mdat") + len(data)) // 2])
+    with pytest.raises(ValueError, match="of 70 declared frames decode"):
+        convert(cut)
+
+
 def test_a_packet_that_the_cut_hits_is_counted_though_its_decoder_is_silent(tmp_path: Path) -> None:
     front = {"movflags": "faststart"}
     whole = write(tmp_path / "a.mov", codec_name="mjpeg", options={}, muxer=front, pix_fmt="yuvj420p")

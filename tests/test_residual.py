@@ -269,6 +269,27 @@ def test_a_kill_between_the_two_files_costs_neither(
     assert files(tmp_path / "shards") == files(made)
 
 
+def test_a_kill_before_the_new_shard_leaves_none_beside_anothers_residuals(
+    made: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = Path(shutil.copytree(videos, tmp_path / "videos"))
+    (some / NAMES[0]).unlink()
+    make_shards(tmp_path, some, NAMES, **OPTIONS, residuals=True)
+    shutil.copy(videos / NAMES[0], some)
+    replace_file = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        replace_file(source, target)
+        if Path(target).name == "shard-00000.residual.h5":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        make_shards(tmp_path, some, NAMES, **OPTIONS, residuals=True, retry_failed=True)
+    make_shards(tmp_path, some, NAMES, **OPTIONS, residuals=True)
+    assert files(tmp_path / "shards") == files(made)
+
+
 def test_sets_with_residuals_and_without_do_not_mix(copy: Path, videos: Path) -> None:
     with pytest.raises(ValueError, match=r"made by another run \(--residuals: True there, False here\)"):
         make_shards(copy.parent, videos, NAMES, **OPTIONS)

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from conftest import make_shards, panned, write_video
 
-from preprocess import __main__, pipeline
+from preprocess import __main__, pipeline, summary
 from preprocess.codec import Codec
 from preprocess.manifest import Manifest
-from preprocess.schema import Settings
+from preprocess.schema import Settings, shard_paths
 from preprocess.shards import Shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -339,6 +339,17 @@ def test_other_runs_are_refused_naming_what_differs(
         pipeline.run(pair / "other.csv", pair / "videos", pair / "shards", options.pop("settings"), **options)
     assert all(w in str(caught.value) for w in words) and "Nothing was deleted" in str(caught.value)
     assert files(pair / "shards") == before
+
+
+def test_a_shard_that_another_job_replaces_at_this_moment_is_no_error(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is listed, and gone when it is looked at."""
+    for module in pipeline, summary:
+        monkeypatch.setattr(module, "shard_paths", lambda out: [*shard_paths(out), out / "shard-00009.h5"])
+    arguments = (pair / "manifest.csv", pair / "videos", pair / "shards", TINY)
+    done = pipeline.run(*arguments, videos_per_shard=1)
+    assert done and [f.path for f in done.failures] == ["b.mp4"]
 
 
 def test_the_same_number_of_shards_cut_elsewhere_is_refused(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -295,6 +297,28 @@ def test_neither_encoding_nor_reading_starts_threads(tmp_path: Path, monkeypatch
         monkeypatch.setattr(module, name, lambda *a, real=real: (real(*a), seen.append(threads()))[0])
     codec.convert(str(source), Spool(tmp_path), SMALL, alive)
     assert seen == [before] * 6  # five frames scaled, one group read
+
+
+@pytest.mark.parametrize("reader", ["pyav", "mvextractor"])
+def test_every_group_of_pictures_is_a_sign_of_life(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_video(tmp_path / "a.mp4", panned(60, height=48, width=64))
+    done, seen, real = [0], [0], {"encode": encode.packets, "read": extract.grids}
+
+    def encoding(*arguments: Any) -> Iterator[av.Packet]:
+        for packet in real["encode"](*arguments):
+            done[0] += 1
+            yield packet
+
+    def reading(records: list[bytes], settings: Settings) -> np.ndarray:
+        done[0] += len(records)
+        return real["read"](records, settings)
+
+    monkeypatch.setattr(encode, "packets", encoding)
+    monkeypatch.setattr(extract, "grids", reading)
+    codec.convert(str(source), Spool(tmp_path), SMALL, lambda: seen.append(done[0]), reader)
+    assert max(np.diff(seen)) <= 2 * SMALL.gop and seen[-1] == 2 * 60
 
 
 def test_a_broken_group_of_pictures_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
