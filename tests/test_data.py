@@ -9,6 +9,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -386,6 +387,24 @@ def test_finetuning_clips(shards: ShardSet) -> None:
     assert stamps(sample["clip"])[1] == [4 * t % 25 for t in range(16)]
     assert sample["label"] == 0 and same(sample, data[0, 6]) and not same(sample, data[1, 6])
     assert set(sample) == {"clip", "clip_box", "clip_flip", "clip_photo", "clip_still_removed", "index", "label"}
+
+
+def test_motion_beside_labels_changes_no_clip(shards: ShardSet) -> None:
+    """Table 6: the networks differ in what they learn from, not in what they see. Clip, gap and window are 71 frames;
+    a clip that begins too late for them has the video's last maps, which do not count."""
+    alone, beside = (FinetuneSet(shards, None, Config(seed=5), with_motion) for with_motion in (False, True))
+    assert beside.unserved == 4
+    found = set()
+    for index, epoch in product(range(7), range(40)):
+        one, both = alone[epoch, index], beside[epoch, index]
+        assert all(np.array_equal(one[key], both[key]) for key in one)
+        start, frames = stamps(one["clip"])[1][0], COUNTS[index]
+        assert both["serves"] == (start + 71 <= frames)
+        window = start + 63 if both["serves"] else frames - 8
+        maps = both["motion"][0, :, 0, 0, 0]
+        assert all(n in (window + i, INTRA) for i, n in enumerate(maps.tolist())) and (maps != INTRA).sum() >= 7
+        found.add((index, bool(both["serves"])))
+    assert found == {*product(range(3), (True, False)), *product(range(3, 7), (False,))}
 
 
 # ---- what is refused

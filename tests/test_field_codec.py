@@ -147,13 +147,6 @@ def test_ffmpegs_own_errors_of_reading_are_failure_rows(tmp_path: Path, monkeypa
 # ---- time
 
 
-def test_every_group_of_pictures_is_a_sign_of_life(tmp_path: Path) -> None:
-    source = write_video(tmp_path / "a.mp4", FRAMES)
-    lengths: list[int] = []
-    codec.convert(str(source), Spool(tmp_path), TINY, lambda: lengths.append((tmp_path / "motion").stat().st_size))
-    assert len(lengths) == -(-100 // TINY.gop)
-
-
 SLOW = """
 import sys, time
 from pathlib import Path

@@ -81,13 +81,11 @@ class TrainingSet(Dataset[Sample]):
     | iframe_box, iframe_flip, iframe_photo | as for the clip | drawn apart from the clip's |
     | motion | int16 or int32 (1+K, W, rows, cols, D) | windows as stored, the positive first; see `_maps` |
     | motion_box, motion_flip | float32 (1+K, 4), bool (1+K,) | the positive's are the clip's |
-    | serves | bool | false where the video is too short for the windows, which are zeros then |
+    | serves | bool | false where the video ends before the positive window, in whose place its last maps stand |
     | index, label | int | row of this data set; class number, -1 unknown |
 
-    A clip leaves room for its motion window, wanted or not, so that what is learned beside labels changes no clip. A
-    video too short for both does not serve; its clip repeats from its start, as at evaluation. `failed` counts rows of
-    the manifest that stage 1 could not store. What is `unread`, "iframe" or "motion", is drawn, so that the rest is
-    what it would be, but neither read nor in the sample. Raises ValueError as `select` does.
+    `failed` counts rows of the manifest that stage 1 could not store. What is `unread`, "iframe" or "motion", is drawn,
+    so that the rest is what it would be, but neither read nor in the sample. Raises ValueError as `select` does.
     """
 
     def __init__(
@@ -108,8 +106,6 @@ class TrainingSet(Dataset[Sample]):
         self.with_iframe, self.with_motion, self.unread = with_iframe, with_motion, unread
         self.video, self.failed = select(shards, manifest)
         self.label = shards.label[self.video]
-        long = [largest_stride(f, sampling) > 0 for f in shards.frames[self.video].tolist()]
-        self.serves = np.array(long, bool)
 
     def __len__(self) -> int:
         return len(self.video)
@@ -156,10 +152,7 @@ class TrainingSet(Dataset[Sample]):
         epoch, index = key
         s, rng = self.sampling, generator(self.seed, epoch, index)
         shard, first, frames, iframes, first_iframe = extent(self.shards, int(self.video[index]))
-        if self.serves[index]:
-            start, stride, window = draw_clip(rng, frames, s)
-        else:
-            start, stride = int(rng.integers(max(frames - s.span(s.stride), 0) + 1)), s.stride
+        start, stride, window = self._clip(rng, frames)
         near, windows = [], []
         if self.with_iframe:
             last = start + s.span(stride) - 1
@@ -168,13 +161,16 @@ class TrainingSet(Dataset[Sample]):
         if self.with_iframe:
             sample |= self._view(rng, "iframe")
         if self.with_motion:
-            windows = [window, *draw_negatives(rng, frames, window, s)] if self.serves[index] else []
+            if window is not None:
+                windows = [window, *draw_negatives(rng, frames, window, s)]
+            elif frames >= s.motion_frames:  # for the statistics of batch norm, of which zeros are no sample
+                windows = [frames - s.motion_frames] * (1 + s.negatives)
             boxes = [sample["clip_box"], *(self._box(rng) for _ in range(s.negatives))]
             flips = [sample["clip_flip"], *(rng.random(s.negatives) < self.cropping.flip)]
             sample |= {
                 "motion_box": np.stack(boxes),
                 "motion_flip": np.array(flips),
-                "serves": bool(self.serves[index]),
+                "serves": window is not None,
             }
         # Last, so that it shifts no other draw.
         sample["clip_still_removed"] = bool(rng.random() < self.photometric.still_removed_p)
@@ -183,6 +179,10 @@ class TrainingSet(Dataset[Sample]):
             sample = {key: value for key, value in sample.items() if not key.startswith(self.unread)}
             near, windows = ([], windows) if self.unread == "iframe" else (near, [])
         return Drawn(shard, clip, np.array(near, int), first + np.array(windows, int), sample)
+
+    def _clip(self, rng: np.random.Generator, frames: int) -> tuple[int, int, int | None]:
+        """A clip of a video of so many frames: its start, stride and positive motion window, None without room."""
+        raise NotImplementedError
 
     def _view(self, rng: np.random.Generator, of: str) -> Sample:
         return {
@@ -198,27 +198,33 @@ class TrainingSet(Dataset[Sample]):
 class PretrainSet(TrainingSet):
     """Clips with an I-frame, the motion window to predict and negative windows of the same video.
 
-    `dropped` counts videos that do not serve, which are left out; ValueError where none does.
+    A video too short for clip and window at the stride wanted is taken at a smaller one. `dropped` counts those too
+    short at any, which are left out; ValueError where all are.
     """
 
     def __init__(
         self, shards: ShardSet, manifest: Manifest | None, config: Config, unread: Modality | None = None
     ) -> None:
         super().__init__(shards, manifest, config, with_iframe=True, with_motion=True, unread=unread)
-        if not self.serves.any():
+        serves = np.array([largest_stride(f, self.sampling) > 0 for f in shards.frames[self.video].tolist()], bool)
+        if not serves.any():
             raise ValueError(
                 f"none of {len(self)} videos has the {self.sampling.needed(1)} frames that a clip at stride 1 and its "
                 "motion window need; choose fewer frames or motion_frames"
             )
-        self.dropped = int((~self.serves).sum())
-        self.video, self.label, self.serves = (x[self.serves] for x in (self.video, self.label, self.serves))
+        self.dropped = int((~serves).sum())
+        self.video, self.label = self.video[serves], self.label[serves]
+
+    def _clip(self, rng: np.random.Generator, frames: int) -> tuple[int, int, int | None]:
+        return draw_clip(rng, frames, self.sampling)
 
 
 class FinetuneSet(TrainingSet):
     """Clips with their label and, where wanted, motion windows; no I-frames.
 
-    Every video trains the classifier; `unserved` counts those that take no part in motion prediction. ValueError where
-    a video has no label.
+    Clips are the same with motion and without: from anywhere in the video, repeating from its start where that is
+    shorter, as at evaluation. Every clip trains the classifier; one that leaves no room for its window takes no part in
+    motion prediction, and none of `unserved` videos leaves any. ValueError where a video has no label.
     """
 
     def __init__(self, shards: ShardSet, manifest: Manifest | None, config: Config, with_motion: bool = False) -> None:
@@ -230,7 +236,13 @@ class FinetuneSet(TrainingSet):
                 f"{len(unknown)} videos have no label ({_some(unknown)}); leave them out of the manifest, "
                 "or make the shards from a manifest that labels them"
             )
-        self.unserved = int((~self.serves).sum()) if with_motion else 0
+        self.unserved = int((shards.frames[self.video] < self.sampling.needed(self.sampling.stride)).sum())
+
+    def _clip(self, rng: np.random.Generator, frames: int) -> tuple[int, int, int | None]:
+        s = self.sampling
+        start = int(rng.integers(max(frames - s.span(s.stride), 0) + 1))
+        roomy = max(s.needed(s.stride), start + s.extent(s.stride)) <= frames
+        return start, s.stride, s.window(start, s.stride, frames) if roomy else None
 
 
 class ClipSet(Dataset[Sample]):
