@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from running import Tiny
 from safetensors.torch import load_file, save
 from serving_hub import hub
@@ -153,7 +154,8 @@ def test_from_a_run_to_the_hub_and_back(
     import huggingface_hub
 
     card = huggingface_hub.ModelCard(text)
-    assert (card.data.license, card.data.library_name) == ("mit", "context-motion")
+    package = re.search(r"^name = (.+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert package and (card.data.license, card.data.library_name) == ("mit", package[1])
     assert card.data.datasets == ["ucf101"] and "self-supervised-learning" in card.data.tags
     rows = [json.loads(path.read_text()) for path in (run / "results").glob("*.json")]
     (own,) = [row for row in rows if row["network"] == "video"]

@@ -12,6 +12,7 @@ Boxes are (x0, y0, x1, y1) in fractions of the frame, 0 at the left and top edge
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -69,7 +70,7 @@ class Drawn(NamedTuple):
     """What is not read from the shard."""
 
 
-class TrainingSet(Dataset[Sample]):
+class TrainingSet(Dataset[Sample], ABC):
     """One random clip a video and epoch: `data[epoch, index]` is a dict of arrays and numbers that torch collates.
 
     | key | type, shape | meaning |
@@ -180,9 +181,9 @@ class TrainingSet(Dataset[Sample]):
             near, windows = ([], windows) if self.unread == "iframe" else (near, [])
         return Drawn(shard, clip, np.array(near, int), first + np.array(windows, int), sample)
 
+    @abstractmethod
     def _clip(self, rng: np.random.Generator, frames: int) -> tuple[int, int, int | None]:
         """A clip of a video of so many frames: its start, stride and positive motion window, None without room."""
-        raise NotImplementedError
 
     def _view(self, rng: np.random.Generator, of: str) -> Sample:
         return {
