@@ -2,10 +2,10 @@
 
     python data_manifests/generate.py --ucf101 ucfTrainTestlist --hmdb51 testTrainMulti_7030_splits
 
-takes a second and writes ucf101.csv, ucf101_split1..3.csv, ucf20.csv, hmdb51.csv and hmdb51_split1..3.csv beside this
-file (or into --out), printing the number of rows of each. `ucfTrainTestlist` is the folder with classInd.txt,
-trainlist0N.txt and testlist0N.txt; `testTrainMulti_7030_splits` the one with CLASS_test_splitN.txt, or one above it.
-Either may be left out.
+takes a second and writes ucf101.csv, ucf101_split1..3.csv, ucf20.csv, ucf20_validation.csv, hmdb51.csv and
+hmdb51_split1..3.csv beside this file (or into --out), printing the number of rows of each. `ucfTrainTestlist` is the
+folder with classInd.txt, trainlist0N.txt and testlist0N.txt; `testTrainMulti_7030_splits` the one with
+CLASS_test_splitN.txt, or one above it. Either may be left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ UCF20 = (
     "JugglingBalls", "JumpingJack", "Lunges", "PizzaTossing", "PlayingCello", "PlayingSitar", "WalkingWithDog",
 )  # fmt: skip
 """Whole classes of ucf20.csv: UCF101 for a laptop."""
+VALIDATION = {f"g{n:02}" for n in range(8, 13)}
+"""Groups of its training part (8 to 25) that ucf20_validation.csv tests on, so that the test part (1 to 7) chooses
+nothing."""
 HMDB51_SUBSETS = {"0": "unused", "1": "train", "2": "test"}
 
 
@@ -46,7 +49,7 @@ def ucf101(lists: Path) -> dict[str, Table]:
                     raise ValueError(f"{source}: {line!r} contradicts classInd.txt: fetch the lists again")
                 _add(table, path, label, subset, source)
     few = {path: row for path, row in splits["ucf101_split1.csv"].items() if row[0] in UCF20}
-    return _with_whole("ucf101.csv", splits) | {"ucf20.csv": few}
+    return _with_whole("ucf101.csv", splits) | {"ucf20.csv": few, "ucf20_validation.csv": _validation(few)}
 
 
 def hmdb51(lists: Path) -> dict[str, Table]:
@@ -86,6 +89,13 @@ def _add(table: Table, path: str, label: str, subset: str, source: Path) -> None
     if path in table:
         raise ValueError(f"{source}: {path!r} is listed twice in this split: fetch the lists again")
     table[path] = (label, subset)
+
+
+def _validation(table: Table) -> Table:
+    """The same videos: some groups of the training part as the test part, whose own videos are unused."""
+    moved = {"train": "train", "test": "unused"}
+    held_out = {path for path, (_, subset) in table.items() if subset == "train" and path.split("_")[-2] in VALIDATION}
+    return {path: (label, "test" if path in held_out else moved[subset]) for path, (label, subset) in table.items()}
 
 
 def _with_whole(name: str, splits: dict[str, Table]) -> dict[str, Table]:

@@ -22,6 +22,7 @@ from preprocess.manifest import SUBSETS, Manifest, dataset_name
 LISTS = ROOT / "data_manifests"
 OFFICIAL = DATA / "splits"
 UCF101 = ["ucf101.csv", "ucf101_split1.csv", "ucf101_split2.csv", "ucf101_split3.csv"]
+UCF20 = ["ucf20.csv", "ucf20_validation.csv"]
 HMDB51 = ["hmdb51.csv", "hmdb51_split1.csv", "hmdb51_split2.csv", "hmdb51_split3.csv"]
 
 needs_official_lists = pytest.mark.skipif(
@@ -68,6 +69,7 @@ COUNTS = {
     "ucf101_split2.csv": {"train": 9586, "test": 3734},
     "ucf101_split3.csv": {"train": 9624, "test": 3696},
     "ucf20.csv": {"train": 1947, "test": 776},
+    "ucf20_validation.csv": {"train": 1405, "test": 542, "unused": 776},
     "hmdb51.csv": {"": 6766},
     "hmdb51_split1.csv": {"train": 3570, "test": 1530, "unused": 1666},
     "hmdb51_split2.csv": {"train": 3570, "test": 1530, "unused": 1666},
@@ -116,6 +118,14 @@ def test_ucf101_groups_lie_on_one_side_and_videos_are_tested_once() -> None:
     assert len(tested) == len(set(tested))
 
 
+def test_what_chooses_settings_shares_no_recording_with_the_test_part() -> None:
+    split, validation = map(committed, UCF20)
+    assert split.paths == validation.paths and split.labels == validation.labels
+    assert set(validation.subset("unused").paths) == set(split.subset("test").paths)
+    train, test = ({path.rsplit("_c", 1)[0] for path in validation.subset(name).paths} for name in ("train", "test"))
+    assert not train & test and (len(train), len(test)) == (20 * 13, 20 * 5)
+
+
 def generated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | str | None:
     """The exit status of generate.py with these arguments."""
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
@@ -130,7 +140,7 @@ def generated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | 
 def test_generate_makes_the_committed_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = ["--ucf101", OFFICIAL / "ucf101_official", "--hmdb51", OFFICIAL / "hmdb51_official"]
     assert generated(monkeypatch, *folders, "--out", tmp_path) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {*UCF101, *HMDB51, "ucf20.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {*UCF101, *HMDB51, *UCF20}
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (LISTS / path.name).read_bytes(), path.name
 
