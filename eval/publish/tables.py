@@ -116,10 +116,7 @@ class Table:
             for note in (e.note if e.paper else "", e.provenance):
                 if note:
                     found.setdefault(note, {}).setdefault(row, []).append(column)
-        where = {
-            note: "; ".join(f"{row} ({', '.join(of)})" for row, of in rows.items()) for note, rows in found.items()
-        }
-        notes = [f"{of}: {note}." for note, of in where.items()]
+        notes = [f"{'; '.join(self._cells(*of) for of in rows.items())}: {note}." for note, rows in found.items()]
         known = {c: of for c in self.columns if (of := self.beside(c, "errors"))}
         if known:
             every = sum(len(e.value.rows) for (_, c), e in self.entries.items() if e.value and c in known)
@@ -128,6 +125,11 @@ class Table:
             errors = ", ".join(f"{c} {_range(of)}" for c, of in known.items())
             notes.append(f"One standard error, groups of clips resampled{which}: {errors} points.")
         return notes
+
+    def _cells(self, row: str, columns: Sequence[str]) -> str:
+        """What a note calls some cells of a row: by the row's name where they are all of them."""
+        whole = [*columns] == [c for c in self.columns if (row, c) in self.entries]
+        return row if whole and len(columns) > 1 else f"{row} ({', '.join(columns)})"
 
     def ours(self, row: str) -> bool:
         """Whether one of our runs fills something of a row."""
