@@ -165,6 +165,9 @@ def features(run: tyro.conf.Positional[Path], common: CommonFlags, out: Path, ne
 def compare(runs: Runs, common: CommonFlags, picture: Path | None = None) -> None:
     """One table of R@1 for several runs beside the untrained network, and a picture of what they retrieve.
 
+    A second table says by how much the others differ from the first run on the same queries, with the standard error of
+    that: smaller than the errors of two recalls apart, since what is hard for one network is hard for another.
+
     Args:
         runs: Folders of runs; the first is drawn, and its initial weights are the untrained network.
         picture: PNG to write: queries with their I-frame and motion vectors, and their neighbours.
@@ -175,7 +178,7 @@ def compare(runs: Runs, common: CommonFlags, picture: Path | None = None) -> Non
     if not runs:
         raise ValueError("nothing to compare: give the folders of one or more runs")
     loaded, titles = chain(_load(runs[:1], "initial"), _load(runs, common.weights)), ["untrained", *folder_names(runs)]
-    found = _evaluate(measure, loaded, common, picture, titles, show=compared)
+    found = _evaluate(measure, loaded, common, picture, titles, show=partial(compared, against=titles[1]))
     if picture:
         print(draw({title: found[title] for title in titles[:2]}, picture))
 

@@ -194,9 +194,14 @@ def _sha256(text: str) -> str:
 
 def number_table(lines: Mapping[str, Mapping[str, float]], corner: str = "") -> str:
     """Markdown: a line for each name, a column for each of its numbers, which are the same for all."""
+    return text_table({name: {head: f"{x:.1f}" for head, x in line.items()} for name, line in lines.items()}, corner)
+
+
+def text_table(lines: Mapping[str, Mapping[str, str]], corner: str = "") -> str:
+    """Markdown, as `number_table`, of what is printed already."""
     heads = list(next(iter(lines.values())))
     text = [f"| {corner} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    text += [f"| {name} | " + " | ".join(f"{line[h]:.1f}" for h in heads) + " |" for name, line in lines.items()]
+    text += [f"| {name} | " + " | ".join(line[h] for h in heads) + " |" for name, line in lines.items()]
     return "\n".join(text)
 
 

@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from eval.features import AUTO, Machine, Network, Run, protocol, sides
-from eval.results import Data, Row, number_table, protocols
+from eval.results import Data, Row, number_table, protocols, text_table
 
+T = TypeVar("T")
 KS = (1, 5, 10, 20)
 RESAMPLES = 2000
 SEED = 0  # of the resamples
@@ -37,9 +39,15 @@ class Retrieval:
     """Their standard errors."""
     chance: dict[str, dict[int, float]]
     """The recalls of neighbours drawn at random."""
-    groups: int
-    """Recordings that the queries were cut from."""
+    hit: dict[str, np.ndarray]
+    """For each labelling, whether one of a query's own is among its first k neighbours, for k = 1 ...: bool (Q, K)."""
+    group: np.ndarray
+    """The recording, numbered from 0, that each query was cut from, int64 (Q,)."""
     protocol: str
+
+    @property
+    def groups(self) -> int:
+        return int(self.group.max()) + 1
 
     def records(self) -> list[Row]:
         sizes = {"queries": len(self.query), "groups": self.groups, "gallery": len(self.gallery)}
@@ -74,13 +82,15 @@ def measure(
     errors = {name: {k: standard_error(of[:, k - 1], group) for k in ks} for name, of in found.items()}
     by_chance = {name: {k: chance(*labels, k) for k in ks} for name, labels in labelled.items()}
     how = protocol(run.config, network, test.failed + train.failed)
-    recordings = int(group.max()) + 1
-    return Retrieval(data, network, test.video, train.video, order, recalls, errors, by_chance, recordings, how)
+    return Retrieval(data, network, test.video, train.video, order, recalls, errors, by_chance, found, group, how)
 
 
-def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,)) -> str:
+def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,), against: str = "") -> str:
     """Markdown: the recalls of some networks, a line each, with their protocols, chance, and the largest standard
-    errors."""
+    errors; then what the others differ in from the one called `against`, with the standard error of that.
+
+    Clips that are hard for one network are hard for another, so that a difference is known better than its two recalls.
+    """
     first = next(iter(found.values()))
     how = f"{len(first.query)} queries, {len(first.gallery)} in the gallery; {protocols(found)}"
     lines = {title: named(retrieval.recalls, ks) for title, retrieval in found.items()}
@@ -88,10 +98,31 @@ def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,)) -> str:
     errors = [named(retrieval.errors, ks) for retrieval in found.values()]
     what = f"{'largest ' * (len(found) > 1)}standard error, {first.groups} groups resampled"
     lines[what] = {head: max(of[head] for of in errors) for head in errors[0]}
-    return f"{how}\n{number_table(lines)}"
+    text = f"{how}\n{number_table(lines)}"
+    if not against:
+        return text
+    base = found[against]
+    more = {title: named(beyond(other, base), ks) for title, other in found.items() if title != against}
+    signed = {
+        title: {head: f"{by:+.1f} ± {error:.1f}" for head, (by, error) in line.items()} for title, line in more.items()
+    }
+    return f"{text}\n\n{text_table(signed, f'less {against}')}"
 
 
-def named(recalls: Mapping[str, Mapping[int, float]], ks: Sequence[int] = KS) -> dict[str, float]:
+def beyond(one: Retrieval, other: Retrieval) -> dict[str, dict[int, tuple[float, float]]]:
+    """For each labelling and k, R@k of `one` less that of `other`, and the standard error of this difference.
+
+    Both are of the same queries, since the same videos of their data can be read.
+    """
+    assert np.array_equal(one.query, other.query)
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for name, recalls in one.recalls.items():
+        more = one.hit[name].astype(int) - other.hit[name]  # (Q, K)
+        found[name] = {k: (100 * more[:, k - 1].mean(), standard_error(more[:, k - 1], one.group)) for k in recalls}
+    return found
+
+
+def named(recalls: Mapping[str, Mapping[int, T]], ks: Sequence[int] = KS) -> dict[str, T]:
     """What rows and tables call recalls."""
     return {f"{name} R@{k}": of[k] for name, of in recalls.items() for k in ks if k in of}
 
@@ -124,9 +155,9 @@ def groups(paths: Sequence[str]) -> np.ndarray:
 
 
 def standard_error(hit: np.ndarray, group: np.ndarray) -> float:
-    """Of the share of queries that `hit` (bool (Q,)), in percent: its deviation where whole groups (Q,), numbered from
-    0, are drawn anew with replacement. Clips of a group are alike, and tell less than as many clips apart. A single
-    group gives 0, for nothing can be said."""
+    """Of the share of queries that `hit` (bool (Q,), or the difference of two), in percent: its deviation where whole
+    groups (Q,), numbered from 0, are drawn anew with replacement. Clips of a group are alike, and tell less than as
+    many clips apart. A single group gives 0, for nothing can be said."""
     found, clips = np.bincount(group, hit), np.bincount(group)  # (G,)
     rng = np.random.default_rng(SEED)
     draws = (rng.integers(len(clips), size=len(clips)) for _ in range(RESAMPLES))  # one at a time: G may be 20,000

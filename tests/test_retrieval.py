@@ -25,7 +25,7 @@ from sklearn.neighbors import NearestNeighbors
 from eval import neighbours, retrieve
 from eval.features import video_features
 from eval.results import Data, about
-from eval.retrieve import Retrieval, chance, groups, hits, labellings, nearest, standard_error
+from eval.retrieve import Retrieval, beyond, chance, groups, hits, labellings, nearest, standard_error
 from preprocess.manifest import Manifest
 from preprocess.shards import ShardSet
 from train.trained import load_run
@@ -203,7 +203,9 @@ def test_compare_tells_runs_of_the_same_name_apart(
     said = capsys.readouterr().out
     table = [line for line in said.splitlines() if line.startswith("| ")]
     assert table[0] == "|  | context R@1 | motion R@1 | both R@1 |"
-    *networks, by_chance, error = [line.split("|")[1].strip() for line in table[1:]]
+    assert [line.split("|")[1].strip() for line in table[6:]] == [f"less {joint_run}", "untrained", str(copy)]
+    assert table[8].split("|")[2:] == [" +0.0 ± 0.0 "] * 3 + [""]  # the same network
+    *networks, by_chance, error = [line.split("|")[1].strip() for line in table[1:6]]
     assert networks == ["untrained", str(joint_run), str(copy)]
     assert (by_chance, error) == ("by chance", "largest standard error, 8 groups resampled")
     assert table[2].split("|")[2:] == table[3].split("|")[2:]
@@ -217,6 +219,22 @@ def test_of_several_networks_the_largest_error_is_printed(tiny: Tiny) -> None:
     first = replace(finding(Data.open(*tiny)), **{key: {"class": {1: 40.0}} for key in ("recalls", "errors", "chance")})
     found = {str(error): replace(first, errors={"class": {1: error}}) for error in (1.5, 2.5, 0.5)}
     assert retrieve.compared(found).endswith("| largest standard error, 8 groups resampled | 2.5 |")
+
+
+def test_a_difference_is_of_the_same_queries(tiny: Tiny) -> None:
+    """Forty recordings of five clips each: one network finds what the other does, and a tenth of them beside it."""
+    recording = np.repeat(np.arange(40), 5)
+    less, more = recording % 2 == 0, (recording % 2 == 0) | (recording % 10 == 1)
+    common = {"query": np.arange(200), "group": recording, "errors": {"class": {1: 7.9}}, "chance": {"class": {1: 5.0}}}
+    first = replace(finding(Data.open(*tiny)), **common)
+    found = {
+        name: replace(first, hit={"class": hit[:, None]}, recalls={"class": {1: 100 * hit.mean()}})
+        for name, hit in (("untrained", ~more), ("less", less), ("more", more))
+    }
+    ((by, error),) = beyond(found["more"], found["less"])["class"].values()
+    assert by == pytest.approx(10) and error == pytest.approx(100 * math.sqrt(0.1 * 0.9 / 40), rel=0.05)
+    *_, untrained, last = retrieve.compared(found, against="less").splitlines()
+    assert last == f"| more | +10.0 ± {error:.1f} |" and untrained.startswith("| untrained | -10.0 ± ")
 
 
 def test_a_damaged_frame_is_an_error_of_one_line(
@@ -237,7 +255,7 @@ def test_a_damaged_frame_is_an_error_of_one_line(
 def finding(data: Data, places: int = 3) -> Retrieval:
     """Eight queries, each of which finds the first training videos."""
     order = np.tile(np.arange(places), (8, 1))
-    return Retrieval(data, "video", np.arange(12, 20), np.arange(12), order, {}, {}, {}, 8, "protocol")
+    return Retrieval(data, "video", np.arange(12, 20), np.arange(12), order, {}, {}, {}, {}, np.arange(8), "protocol")
 
 
 @pytest.mark.parametrize("plain", [False, True])
