@@ -130,6 +130,15 @@ def test_clips_are_the_frames_that_were_drawn_each_with_views_of_its_own(tiny: T
         assert not np.array_equal(sample["clip_box"][0], sample["clip_box"][1])
 
 
+def test_clips_are_mirrored_together_only_where_what_moves_must_tell_their_order(tiny: Tiny) -> None:
+    for name in PEERS:
+        data = ClipTuples(ShardSet(tiny[0]), None, comparison(name))
+        flips = np.stack([data[epoch, 5]["clip_flip"] for epoch in range(60)])
+        assert flips.shape == (60, data.peer.clips)
+        assert all(0.2 < share < 0.8 for share in flips.mean(0))
+        assert (flips == flips[:, :1]).all() == (name != "contrast")
+
+
 def test_videos_too_short_are_left_out(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = ShardSet(tiny[0])
     frames = shards.frames.copy()

@@ -29,6 +29,8 @@ class Peer(Protocol):
     """N."""
     needed: int
     """Least frames of a video."""
+    one_flip: bool
+    """Whether the clips of a video are mirrored together; else each by itself."""
 
     def draw(self, rng: np.random.Generator, frames: int) -> tuple[np.ndarray, int, int]:
         """Of a video of so many frames: starts of its clips, int (N,), their stride, and the class that is to be found

@@ -14,7 +14,7 @@ from train.peers import make_peer
 
 
 class ClipTuples(Dataset[Sample]):
-    """N random clips a video and epoch, each with a crop, flip and colours of its own: `data[epoch, index]`.
+    """N random clips a video and epoch, each with a crop and colours of its own: `data[epoch, index]`.
 
     | key | type, shape | meaning |
     |---|---|---|
@@ -46,10 +46,12 @@ class ClipTuples(Dataset[Sample]):
         starts, stride, target = self.peer.draw(rng, frames)
         numbers = first + starts[:, None] + stride * np.arange(c.sampling.frames)  # (N, T)
         s, each = self.shards.settings, range(len(starts))
+        boxes = np.stack([draw_box(rng, c.cropping, s.width, s.height) for _ in each])
+        flips = rng.random(len(starts)) < c.cropping.flip
         sample: Sample = {
             "target": target,
-            "clip_box": np.stack([draw_box(rng, c.cropping, s.width, s.height) for _ in each]),
-            "clip_flip": rng.random(len(starts)) < c.cropping.flip,
+            "clip_box": boxes,
+            "clip_flip": np.repeat(flips[:1], len(flips)) if self.peer.one_flip else flips,
             "clip_photo": np.stack([draw_photometric(rng, c.photometric) for _ in each]),
             "clip_still_removed": rng.random(len(starts)) < c.photometric.still_removed_p,
         }

@@ -14,7 +14,7 @@ from train.objectives import Loss, context_matching
 class ClipContrast:
     """Equation (1) between two clips of a video, each of which finds the other."""
 
-    clips = 2
+    clips, one_flip = 2, False
 
     def __init__(self, config: Comparison) -> None:
         self.sampling, self.temperature = config.sampling, config.peer.temperature

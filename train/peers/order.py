@@ -20,6 +20,9 @@ from train.objectives import Loss, classification
 class ClipOrder:
     """One class an order: 6 of three clips."""
 
+    # Mirrored each by itself, what moves to the right would no longer tell what came later; the paper mirrors none.
+    one_flip = True
+
     def __init__(self, config: Comparison) -> None:
         self.sampling, self.gap, self.hidden = config.sampling, config.peer.gap, config.networks.head_hidden
         self.clips = config.peer.clips

@@ -13,7 +13,7 @@ from train.objectives import Loss, classification
 class Pace:
     """One class a stride, from 1 on; `sampling.stride` is that of evaluation alone."""
 
-    clips = 1
+    clips, one_flip = 1, False
 
     def __init__(self, config: Comparison) -> None:
         self.sampling, self.paces = config.sampling, config.peer.paces
