@@ -153,10 +153,10 @@ def test_from_a_run_to_the_hub_and_back(
 
     import huggingface_hub
 
-    card = huggingface_hub.ModelCard(text)
+    about = huggingface_hub.ModelCard(text).data.to_dict()
     package = re.search(r"^name = (.+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
-    assert package and (card.data.license, card.data.library_name) == ("mit", package[1])
-    assert card.data.datasets == ["ucf101"] and "self-supervised-learning" in card.data.tags
+    assert package and (about["license"], about["library_name"]) == ("mit", package[1])
+    assert about["datasets"] == ["ucf101"] and "self-supervised-learning" in about["tags"]
     rows = [json.loads(path.read_text()) for path in (run / "results").glob("*.json")]
     (own,) = [row for row in rows if row["network"] == "video"]
     shown = re.findall(r"^\| (retrieval.*?) \| split \| (.+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
