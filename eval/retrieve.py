@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,14 +34,10 @@ class Retrieval:
     """Positions of the gallery, int64 (G,)."""
     order: np.ndarray
     """Gallery rows by falling similarity, int64 (Q, k)."""
-    recalls: dict[str, dict[int, float]]
-    """For each of `labellings` its R@k in percent."""
-    errors: dict[str, dict[int, float]]
-    """Their standard errors."""
+    hit: dict[str, dict[int, np.ndarray]]
+    """For each of `labellings` and k, whether one of a query's own is among its k nearest, bool (Q,)."""
     chance: dict[str, dict[int, float]]
-    """The recalls of neighbours drawn at random."""
-    hit: dict[str, np.ndarray]
-    """For each labelling, whether one of a query's own is among its first k neighbours, for k = 1 ...: bool (Q, K)."""
+    """The recalls of neighbours drawn at random, in percent."""
     group: np.ndarray
     """The recording, numbered from 0, that each query was cut from, int64 (Q,)."""
     protocol: str
@@ -48,6 +45,16 @@ class Retrieval:
     @property
     def groups(self) -> int:
         return int(self.group.max()) + 1
+
+    @cached_property
+    def recalls(self) -> dict[str, dict[int, float]]:
+        """R@k in percent."""
+        return {name: {k: 100 * float(hit.mean()) for k, hit in of.items()} for name, of in self.hit.items()}
+
+    @cached_property
+    def errors(self) -> dict[str, dict[int, float]]:
+        """Their standard errors."""
+        return {name: {k: standard_error(hit, self.group) for k, hit in of.items()} for name, of in self.hit.items()}
 
     def records(self) -> list[Row]:
         sizes = {"queries": len(self.query), "groups": self.groups, "gallery": len(self.gallery)}
@@ -76,13 +83,11 @@ def measure(
     order = nearest(test.vectors, train.vectors, max(ks))
     labelled = {name: (of[test.label], of[train.label]) for name, of in labellings(data.shards.classes).items()}
     found = {name: hits(order, *labels) for name, labels in labelled.items()}
-    paths = data.shards.paths
-    group = groups([paths[v] for v in test.video])
-    recalls = {name: {k: 100 * float(of[:, k - 1].mean()) for k in ks} for name, of in found.items()}
-    errors = {name: {k: standard_error(of[:, k - 1], group) for k in ks} for name, of in found.items()}
+    hit = {name: {k: of[:, k - 1] for k in ks} for name, of in found.items()}
     by_chance = {name: {k: chance(*labels, k) for k in ks} for name, labels in labelled.items()}
+    group = groups([data.shards.paths[v] for v in test.video])
     how = protocol(run.config, network, test.failed + train.failed)
-    return Retrieval(data, network, test.video, train.video, order, recalls, errors, by_chance, found, group, how)
+    return Retrieval(data, network, test.video, train.video, order, hit, by_chance, group, how)
 
 
 def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,), against: str = "") -> str:
@@ -115,11 +120,12 @@ def beyond(one: Retrieval, other: Retrieval) -> dict[str, dict[int, tuple[float,
     Both are of the same queries, since the same videos of their data can be read.
     """
     assert np.array_equal(one.query, other.query)
-    found: dict[str, dict[int, tuple[float, float]]] = {}
-    for name, recalls in one.recalls.items():
-        more = one.hit[name].astype(int) - other.hit[name]  # (Q, K)
-        found[name] = {k: (100 * more[:, k - 1].mean(), standard_error(more[:, k - 1], one.group)) for k in recalls}
-    return found
+
+    def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+        more = a.astype(int) - b
+        return 100 * float(more.mean()), standard_error(more, one.group)
+
+    return {name: {k: difference(hit, other.hit[name][k]) for k, hit in of.items()} for name, of in one.hit.items()}
 
 
 def named(recalls: Mapping[str, Mapping[int, T]], ks: Sequence[int] = KS) -> dict[str, T]:

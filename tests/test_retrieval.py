@@ -216,21 +216,21 @@ def test_compare_tells_runs_of_the_same_name_apart(
 
 
 def test_of_several_networks_the_largest_error_is_printed(tiny: Tiny) -> None:
-    first = replace(finding(Data.open(*tiny)), **{key: {"class": {1: 40.0}} for key in ("recalls", "errors", "chance")})
-    found = {str(error): replace(first, errors={"class": {1: error}}) for error in (1.5, 2.5, 0.5)}
-    assert retrieve.compared(found).endswith("| largest standard error, 8 groups resampled | 2.5 |")
+    first = replace(finding(Data.open(*tiny)), chance={"class": {1: 40.0}})
+    found = {str(n): replace(first, hit={"class": {1: np.arange(8) < n}}) for n in (1, 4, 8)}
+    largest = max(of.errors["class"][1] for of in found.values())
+    assert largest == found["4"].errors["class"][1] == pytest.approx(100 * math.sqrt(0.25 / 8), rel=0.05)
+    assert retrieve.compared(found).endswith(f"| largest standard error, 8 groups resampled | {largest:.1f} |")
 
 
 def test_a_difference_is_of_the_same_queries(tiny: Tiny) -> None:
     """Forty recordings of five clips each: one network finds what the other does, and a tenth of them beside it."""
     recording = np.repeat(np.arange(40), 5)
     less, more = recording % 2 == 0, (recording % 2 == 0) | (recording % 10 == 1)
-    common = {"query": np.arange(200), "group": recording, "errors": {"class": {1: 7.9}}, "chance": {"class": {1: 5.0}}}
+    common = {"query": np.arange(200), "group": recording, "chance": {"class": {1: 5.0}}}
     first = replace(finding(Data.open(*tiny)), **common)
-    found = {
-        name: replace(first, hit={"class": hit[:, None]}, recalls={"class": {1: 100 * hit.mean()}})
-        for name, hit in (("untrained", ~more), ("less", less), ("more", more))
-    }
+    drawn = {"untrained": ~more, "less": less, "more": more}
+    found = {name: replace(first, hit={"class": {1: hit}}) for name, hit in drawn.items()}
     ((by, error),) = beyond(found["more"], found["less"])["class"].values()
     assert by == pytest.approx(10) and error == pytest.approx(100 * math.sqrt(0.1 * 0.9 / 40), rel=0.05)
     *_, untrained, last = retrieve.compared(found, against="less").splitlines()
@@ -255,7 +255,7 @@ def test_a_damaged_frame_is_an_error_of_one_line(
 def finding(data: Data, places: int = 3) -> Retrieval:
     """Eight queries, each of which finds the first training videos."""
     order = np.tile(np.arange(places), (8, 1))
-    return Retrieval(data, "video", np.arange(12, 20), np.arange(12), order, {}, {}, {}, {}, np.arange(8), "protocol")
+    return Retrieval(data, "video", np.arange(12, 20), np.arange(12), order, {}, {}, np.arange(8), "protocol")
 
 
 @pytest.mark.parametrize("plain", [False, True])
