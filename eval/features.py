@@ -69,7 +69,7 @@ class Features:
 
 def protocol(config: Config, network: Network, failed: int = 0, name: str = "") -> str:
     """How features are made, in one sentence; it is printed and stored with every number."""
-    s, size = config.sampling, config.size
+    s, size = config.sampling, config.motion_size if network == "motion" else config.size
     short = round(size * 128 / 112)
     frames = f"{s.frames} frames at stride {s.stride}"
     what = {

@@ -23,6 +23,7 @@ from preprocess.manifest import Manifest
 from preprocess.schema import Settings
 from train import checkpoint, data, loop, tasks
 from train.config import Objective
+from train.loader import explaining_workers
 from train.model import PretrainingModel
 from train.trained import load_run
 
@@ -77,6 +78,18 @@ def test_pixels_are_cut_from_the_middle_and_not_mirrored(network: features.Netwo
     expected = np.stack([(p / 255 - mean) / std for p, mean, std in zip(planes, *IMAGENET)])
     for clip in made.numpy():
         np.testing.assert_allclose(clip, np.broadcast_to(expected[:, None], clip.shape), atol=1e-4)
+
+
+def test_a_protocol_names_the_crop_that_its_network_sees() -> None:
+    config = tiny_config(size=112, motion_size=56)
+    told = {network: features.protocol(config, network) for network in features.NETWORKS}
+    assert {n for n, text in told.items() if "short side 128, centre 112," in text} == {"video", "layer4", "iframe"}
+    assert "short side 64, centre 56," in told["motion"]
+
+
+def test_a_lost_worker_is_explained_with_the_flag_of_the_command() -> None:
+    with pytest.raises(ChildProcessError, match="eval: --workers"), explaining_workers():
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
 
 def test_motion_is_cut_as_the_pixels_are_and_measured_in_pixels_of_the_crop() -> None:

@@ -75,5 +75,5 @@ def explaining_workers() -> Iterator[None]:
             raise
         raise ChildProcessError(
             f"{str(error).strip()} It is a process that decodes samples; probably memory ran out, or shared memory "
-            "(/dev/shm): use fewer of them, --loader-workers, or a smaller batch"
+            "(/dev/shm): use fewer of them (train: --loader-workers, eval: --workers), or a smaller batch"
         ) from error
