@@ -26,6 +26,7 @@ from eval.publish.plots import training_curves
 from eval.results import Data
 from preprocess.shards import ShardSet
 from train import runs
+from train.recipes import RECIPES
 
 NAMES = ["Biking", "Diving", "YoYo"]
 COUNTS = [[5, 0, 0], [1, 2, 1], [0, 0, 4]]
@@ -66,17 +67,20 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of every table, two curves, a confusion, a gallery, previews, and a row that is left out."""
+    """A page of every table, three curves, a confusion, a gallery, previews, and a row that is left out."""
     folder = tmp_path_factory.mktemp("report")
     confused = {"classes": NAMES, "confusion": COUNTS, "kind": "classification", "metrics": {"top-1": 84.6}}
     place = {"dataset": "ucf5", "trained_on": "ucf5", "subset": "train"}
     results.write(folder / "runs" / "b", example("small-scratch", **confused, **place))
     bad = results.write(folder / "runs" / "c", example())
     bad.write_text(bad.read_text().replace("25.5", "99.5"))
-    for name in ("scenes-s0", "scenes-s1"):
+    for name, changes in ("scenes-s0", {}), ("scenes-s1", {"seed": 1}), ("tried", {"batch_size": 8}):
         run = folder / "runs" / name
         run.mkdir(parents=True)
-        (run / "run.json").write_text(json.dumps(ABOUT | {"recipe": "scenes", "trained_on": "scenes"}))
+        config = json.loads(RECIPES["scenes"].config.changed(changes).to_json())
+        (run / "run.json").write_text(
+            json.dumps(ABOUT | {"recipe": "scenes", "trained_on": "scenes", "config": config})
+        )
         lines = [{"epoch": e, "context_accuracy": e / 60, "motion_accuracy": e / 90} for e in range(1, 61)]
         lines[19]["heldout_motion_accuracy"], lines[59]["heldout_motion_accuracy"] = 0.1, 0.3
         lines[59]["heldout_recall"] = 0.5  # a single point makes no line
@@ -97,7 +101,7 @@ def test_the_page_needs_nothing_but_itself(report: Path) -> None:
     found = Parsed(text)
     kinds = [source.partition(";base64,")[0] for source in found.sources]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        "data:image/svg+xml": 3 + 1 + 1,  # plots, curves of a recipe, a confusion
+        "data:image/svg+xml": 3 + 2 + 1,  # plots, curves of a recipe and of a changed one, a confusion
         "data:image/webp": 4 * 7 + 4 * 4,  # queries and their neighbours, videos taken apart
     }
     assert all(href.startswith("#") or href == "data:," for href, _ in found.links)
@@ -106,11 +110,17 @@ def test_the_page_needs_nothing_but_itself(report: Path) -> None:
 
 
 def test_curves_of_training_and_held_out_videos(report: Path) -> None:
-    ((name, folders, svg),) = training_curves(report.parent / "runs")
-    assert (name, folders) == ("scenes on scenes", ["scenes-s0", "scenes-s1"])
+    (name, folders, svg), changed = training_curves(report.parent / "runs")
+    assert (name, folders) == ("scenes on scenes", ["scenes-s0", "scenes-s1"])  # seeds over one another
+    assert changed[:2] == ("scenes on scenes, batch_size 8", ["tried"])  # and no other settings
     said = [text for text in ("context", "motion", "motion, held out", "R@1, held out") if f">{text}<" in svg]
     assert said == ["context", "motion", "motion, held out"]
     assert all(svg.count(f">{text}<") == 1 for text in said)  # two runs, one legend
+
+
+def test_the_page_says_whether_its_program_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "git_commit", lambda: "ab" * 20 + "+")
+    assert f"report</code>, {'ab' * 20}+.</footer>" in page.page([], [], [], tmp_path)
 
 
 def test_every_number_leads_to_its_rows(report: Path) -> None:
@@ -262,3 +272,6 @@ def test_the_command_writes_a_page_from_rows_and_shards(
     assert '<section id="motion">' in text and '<section id="retrieval">' not in text and ">25.5</a>" in text
     assert evaluate(monkeypatch, "report", *options, "--shards", tiny[0]) == 1
     assert "need both --shards and --manifest" in capsys.readouterr().err
+    elsewhere = Path(__file__).parents[1] / "data_manifests" / "ucf20.csv"
+    assert evaluate(monkeypatch, "report", *options, "--shards", tiny[0], "--manifest", elsewhere) == 1
+    assert "paths of the manifest are in no shard" in capsys.readouterr().err

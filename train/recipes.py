@@ -52,6 +52,13 @@ def vary(base: str, ending: str, about: str, changes: dict[str, Any]) -> None:
     RECIPES[f"{base}-{ending}"] = Recipe(RECIPES[base].config.changed(changes), about, base)
 
 
+def departures(name: str, config: Config) -> list[str]:
+    """In what a configuration is not that of the recipe of this name with some seed: fields, with their values."""
+    usual = RECIPES.get(name)
+    changed = config.differences(usual.config.changed({"seed": config.seed})) if usual else {}
+    return [f"{field} {own}" for field, (own, _) in changed.items()]
+
+
 UCF101_BATCH, KINETICS_BATCH = 64, 512
 BACKBONES = {"c3d": "C3D", "r2plus1d26": "R(2+1)D-26", "r3d26": "R3D-26"}
 

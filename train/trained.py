@@ -12,7 +12,7 @@ import torch
 from train import checkpoint, runs
 from train.config import Config, Finetuning, here_and_there
 from train.model import Model, build_model
-from train.recipes import RECIPES
+from train.recipes import departures
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class Run:
 
     def departures(self) -> list[str]:
         """In what it is not its recipe with some seed, trained to the end."""
-        usual = RECIPES.get(self.recipe)
-        changed = self.config.differences(usual.config.changed({"seed": self.config.seed})) if usual else {}
-        said = [f"{field} {own}" for field, (own, _) in changed.items()]
-        return said + ([f"epoch {self.epoch:g}"] if self.epoch != self.config.epochs else [])
+        stopped = [f"epoch {self.epoch:g}"] if self.epoch != self.config.epochs else []
+        return departures(self.recipe, self.config) + stopped
 
 
 def load_run(folder: Path, weights: str = "last") -> Run:

@@ -25,6 +25,7 @@ from eval.publish.tables import NOT_RUN, Entry, Table, counted
 from eval.results import KEYS, Data, Row
 from eval.retrieve import Retrieval
 from train import runs
+from train.data import select
 
 STYLE = Path(__file__).with_name("page.css")
 PREVIEWS = 4  # videos taken apart
@@ -71,7 +72,7 @@ def page(
         '<link rel="icon" href="data:,">\n<title>Context and motion decoupling: results</title>\n'
         f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
         f"<nav><div><b>Context and motion</b>{links}</div></nav>\n<main>\n{_head(tables, rows, refused)}\n{body}\n"
-        f"<footer>Made by <code>python -m eval report</code>, {escape(runs.git_commit()[:12] or 'outside a checkout')}."
+        f"<footer>Made by <code>python -m eval report</code>, {runs.git_commit() or 'outside a checkout'}."
         "</footer>\n</main>\n</body>\n</html>\n"
     )
 
@@ -185,8 +186,8 @@ def _found(found: Mapping[str, Retrieval]) -> str:
 
 def _previews(data: Data) -> str:
     """A few test videos, spread over the classes: the clip, its I-frame, its motion as colours and as arrows."""
-    shards, test, cards = data.shards, set(data.manifest.subset("test").paths), []
-    videos = np.array([v for v, path in enumerate(shards.paths) if path in test])
+    shards, cards = data.shards, []
+    videos, _ = select(shards, data.manifest.subset("test"))
     for v in videos[neighbours.spread(shards.label[videos], PREVIEWS)].tolist():
         pictures = {
             "clip": neighbours.moving(shards, v),

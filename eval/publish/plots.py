@@ -15,8 +15,8 @@ from eval import figures
 from eval.publish.cells import EPOCHS
 from eval.publish.tables import Table
 from train import runs
-from train.config import Pretraining
-from train.recipes import PEERS, RECIPES
+from train.config import Config, Pretraining
+from train.recipes import PEERS, RECIPES, departures
 
 COLOURS = ("#3b82f6", "#ea580c", "#10a36e", "#a855f7", "#b45309", "#64748b")  # seen on white and on black
 POINTS = 150  # of a training's curve
@@ -124,16 +124,17 @@ def _by_alpha(table: Table) -> list[Series]:
 
 
 def training_curves(folder: Path) -> Iterator[tuple[str, list[str], str]]:
-    """(name, folders of its runs, SVG) for each recipe: accuracies while training, on training and on held-out videos,
-    seeds over one another."""
+    """(name, folders of its runs, SVG) for each recipe, and for each as it was changed: accuracies while training, on
+    training and on held-out videos, seeds over one another."""
     logs: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
     for path in sorted(folder.glob("*/run.json")):
         try:
             about = runs.read(path.parent)
-            text = path.with_name("metrics.jsonl").read_text()
+            log = path.with_name("metrics.jsonl").read_text().splitlines()
             began = about["pretrained"].get("recipe")
-            name = f"{about['recipe']} on {about['trained_on']}" + (f", from {began}" if began else "")
-            logs[name][path.parent.name] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+            changed = departures(about["recipe"], Config.from_json(json.dumps(about["config"])))
+            said = [f"{about['recipe']} on {about['trained_on']}", *changed, *([f"from {began}"] if began else [])]
+            logs[", ".join(said)][path.parent.name] = [json.loads(line) for line in log if line.endswith("}")]
         except (ValueError, OSError, KeyError):  # no run, or one that has only begun
             continue
     for name, each in logs.items():
