@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +115,16 @@ def test_a_csv_keeps_every_number_and_text(
     assert plain[0] == plain[1] and not reasons(second)
     assert len(sound(first + second)) == 2  # the same rows twice
     assert all(row["file"].endswith(".json") for row in sound(second + first))
+
+
+def test_a_csv_is_the_same_whatever_the_locale(tmp_path: Path) -> None:
+    rows = collect.read([results.write(tmp_path, example(machine="Zürich")).parents[1]])
+    code = "import sys, json, pathlib; from eval.publish import collect; "
+    code += "collect.export(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    out = tmp_path / "results.csv"
+    subprocess.run([sys.executable, "-c", code, json.dumps(rows), out], env=os.environ | plain, check=True)
+    assert collect.read([out])[0]["machine"] == "Zürich"
 
 
 def test_another_csv_is_refused(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def check(
 
 def export(rows: Sequence[Row], path: Path) -> None:
     """Rows as CSV, a line a metric, without what is not a number or a text (confusions stay in the runs' folders)."""
-    with replacing(path) as partial_path, open(partial_path, "w", newline="") as f:
+    with replacing(path) as partial_path, open(partial_path, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(HEADS)
         for row in sorted(rows, key=lambda r: (r["kind"], r["recipe"], r["seed"], r["dataset"], r["epoch"], r["id"])):
@@ -154,7 +154,7 @@ def _read_json(path: Path) -> Row:
 
 def _read_csv(path: Path) -> list[Row]:
     try:
-        with open(path, newline="") as f:
+        with open(path, newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
             lines = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
