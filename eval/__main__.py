@@ -135,6 +135,8 @@ def diagnose(
         raise ValueError("give a network to diagnose: a RUN, or --module package.module:factory, and not both")
     own = {"frames": frames, "stride": stride, "size": size, "out": out}
     given = [f"--{name}" for name, value in own.items() if value is not None]
+    if run is None and common.weights != "last":
+        raise ValueError(f"--weights {common.weights}: a --module has its own; they are for a run")
     if run is None:
         _evaluate(measure, [load_module(module, out, frames, stride, size)], common, picture)
     elif given:

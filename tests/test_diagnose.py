@@ -341,6 +341,7 @@ def test_a_network_of_ones_own_is_diagnosed(
     assert shares["reversed"] == shares["shuffled"]
     for wrong, complaint in (
         ([*mine, tmp_path], "and not both"),
+        ([*mine, "--weights", "initial"], "--weights initial: a --module has its own"),
         (["diagnose", *options(scenes)], "and not both"),
         ([*mine[:3], "--frames", "0", *options(scenes)], "frames is 0; choose 1 or more"),
     ):

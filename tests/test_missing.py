@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -165,7 +166,7 @@ def test_what_is_not_at_hand_is_said_down_the_line(tmp_path: Path) -> None:
     assert lines[1].endswith("# after 1") and "# cannot run: --data hmdb51=" in lines[2]
     assert lines[-2] == "5 trainings and 10 evaluations are missing: 6.0 GPU hours estimated"
     assert lines[-1] == "10 of these can run: 5.9 GPU hours estimated"
-    assert missing.describe(planned(("1",), tmp_path, data=[])).endswith("estimated\nnone can run: give their --data")
+    assert missing.describe(planned(("1",), tmp_path, data=[])).endswith("estimated\nnone of these can run")
     assert missing.describe([]) == "nothing is missing"
 
 
@@ -261,6 +262,14 @@ def test_a_failure_leaves_out_what_needs_it_and_nothing_else(
     reasons = ["it ended with status 7", "what it needs failed", "what it needs failed", "no data"]
     assert lines == [f"not done: {s}: {reason}" for s, reason in zip([*steps[:3], steps[4]], reasons)]
     assert missing.run(lambda: [other], tmp_path / "runs") == 0
+
+
+def test_a_file_system_without_locks_is_worked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(missing.fcntl, "flock", unsupported)
+    assert missing.run(list, tmp_path) == 0
 
 
 def test_interrupted_and_terminated_steps_end_the_plan(script: Callable[..., Step], tmp_path: Path) -> None:

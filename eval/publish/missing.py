@@ -279,7 +279,7 @@ def describe(steps: Sequence[Step]) -> str:
     trainings = sum(step.command[0] == "train" for step in steps)
     lines.append(f"{trainings} trainings and {len(steps) - trainings} evaluations are missing: {_total(steps)}")
     if len(ready) < len(steps):
-        lines.append(f"{len(ready)} of these can run: {_total(ready)}" if ready else "none can run: give their --data")
+        lines.append(f"{len(ready)} of these can run: {_total(ready)}" if ready else "none of these can run")
     return "\n".join(lines)
 
 
@@ -349,6 +349,8 @@ def _alone(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             say(f"another process works in {folder}, or a step that it left behind: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks, where nothing can be held
         yield lock
     finally:
         os.close(lock)
