@@ -259,7 +259,7 @@ def train(shards: Path, manifest: Path, out: Path, device: torch.device, deadlin
 def page(record: dict[str, Any]) -> str:
     """Markdown, as the README's chapter on speed has it."""
     here, found = record["machine"], record["parts"]
-    commits = ", ".join(sorted({part["commit"][:9] for part in found.values()}))
+    commits = ", ".join(sorted({part["commit"] for part in found.values()}))
     text = [f"{here['device']}, torch {here['torch']}, cuDNN {here['cudnn']}, {here['cores']} cores ({commits})"]
     if here["device"] == "CPU":
         text.insert(0, "**A dry run without a GPU, of tiny networks: no number means anything.**")

@@ -171,7 +171,7 @@ def turn(
     once, _ = timed(step, same, 1, device)
     steps = max(LEAST, min(MOST, round(seconds / once))) if seconds else 1
     cached, _ = timed(step, same, steps, device)
-    timed(step, batches, min(steps, 1 + 2 * workers), device)
+    timed(step, batches, 1 + 2 * workers if seconds else steps, device)
     elapsed, waited = timed(step, batches, steps, device)
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
     rate, most = steps * case.batch / elapsed, peak(str(device), case.precision)

@@ -17,6 +17,7 @@ from benchmarks import busy, gpu, motion_loss, train_step
 from benchmarks.stage1_cases import LIMIT_PHASES, OUR_PHASES, limit_packets, run_limit
 from preprocess import encode
 from preprocess.schema import Settings
+from preprocess.shards import ShardSet
 
 
 def run(name: str, *options: str) -> str:
@@ -79,6 +80,22 @@ def test_train_step(
         assert rate > 0 and gain > 0 and 0 < waiting < 100 and headspace < 100 and row[5] == ""
 
 
+def test_steps_are_timed_after_all_batches_that_were_ready(
+    tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def timed(_: Any, batches: Any, steps: int, __: Any) -> tuple[float, float]:
+        taken.append(steps)
+        return 1.0 * steps, 0.0
+
+    monkeypatch.setattr(train_step, "timed", timed)
+    case, cpu = train_step.Case("c3d", batch=2), torch.device("cpu")
+    config = train_step.configuration(case, train_step.TINY)
+    train_step.turn(case, config, lambda batch: None, ShardSet(tiny[0]), cpu, 2, 3.0)
+    assert taken == [2, 1, 3, 1 + 2 * 2, 3]  # two workers hold two batches each, and make one
+
+
 def test_gpu_without_one(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     """The whole path, but for a part that an earlier call has stored."""
     (tmp_path / "measurements.json").write_text(
@@ -123,6 +140,9 @@ def test_a_part_that_fails_costs_no_other(
     monkeypatch.setattr(gpu, "train", lambda *_: {"epoch": 1.0})
     assert gpu.main() == 0 and done == ["agreement", "loader", "agreement"]
     assert "- agreement: seen 0.5" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(gpu, "git_commit", lambda: "ab" * 20 + "+")  # changed since
+    (tmp_path / "measurements.json").unlink()
+    assert gpu.main() == 0 and f"cores ({'ab' * 20}+)" in (tmp_path / "table.md").read_text()
     with pytest.raises(ValueError, match="remove it, or choose another --out"):
         gpu.resumed(tmp_path / "measurements.json", {"device": "another"})
 
