@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import time
+from statistics import median
 
-from benchmarks.common import ROOT, median
+from benchmarks.common import ROOT
 
 WAITING = {"libgomp": "300000", "ours": None}  # GOMP_SPINCOUNT; None: what importing train sets
 PROGRAM = "import sys; from benchmarks.busy import steps; print(steps(float(sys.argv[1])))"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,3 @@ def clock(device: str, cpu_time: bool = True) -> float:
 
         torch.cuda.synchronize(device)
     return time.process_time() if device == "cpu" and cpu_time else time.perf_counter()
-
-
-def median(values: Iterable[float]) -> float:
-    return statistics.median(list(values))

@@ -35,12 +35,13 @@ from collections import defaultdict
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from benchmarks.common import CLIPS, clock, endless, median, open_shards
+from benchmarks.common import CLIPS, clock, endless, open_shards
 from benchmarks.ways import missing, readers, recorded
 from preprocess.shards import ShardSet
 from preprocess.writer import Spool, Video, write_shard
@@ -77,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="context-motion-") as folder:
         with redirect_stdout(sys.stderr):
             shards, videos = open_shards(options.shards, options.videos, Path(folder))
-        data = pretrain_set(shards)
+        data = PretrainSet(shards, None, Config())
         lines = np.array([shard.source_size[i, 0] for shard, i in map(shards.locate, data.video.tolist())])
         for name, chosen in (("at most", lines <= LINES), ("more than", lines > LINES)):
             if chosen.any():
@@ -86,10 +87,6 @@ def main() -> None:
         flatness(sets, options.turns, options.clips)
         memory(next(s for s in sets if len(s) >= epoch), epoch)
         augmentation(data, options.device, options.batch, size, max(options.turns // 5, 2))
-
-
-def pretrain_set(shards: ShardSet) -> PretrainSet:
-    return PretrainSet(shards, None, Config())
 
 
 # 1. Speed
@@ -146,7 +143,7 @@ def grow(data: PretrainSet, folder: Path, growth: tuple[tuple[int, int], ...]) -
         place.mkdir()
         for k in range(links):
             os.link(templates[videos], place / f"shard-{k:05d}.h5")
-        sets.append(pretrain_set(ShardSet(place)))
+        sets.append(PretrainSet(ShardSet(place), None, Config()))
     return sets
 
 
@@ -184,7 +181,7 @@ def flatness(sets: list[PretrainSet], turns: int, count: int) -> None:
     for data in sets:
         tracemalloc.start()
         begin = time.process_time()
-        again = pretrain_set(ShardSet(data.shards.folder))
+        again = PretrainSet(ShardSet(data.shards.folder), None, Config())
         seconds = time.process_time() - begin
         cost.append((tracemalloc.get_traced_memory()[0], seconds))
         tracemalloc.stop()

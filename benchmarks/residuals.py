@@ -16,11 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import CLIPS, ROOT, median
+from benchmarks.common import CLIPS, ROOT
 from benchmarks.stage1_cases import store
 from preprocess import encode, extract, residual
 from preprocess.schema import INTRA, MACROBLOCK, NO_RESIDUAL, QUARTERS, Settings

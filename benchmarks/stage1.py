@@ -27,7 +27,6 @@ import json
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,15 +35,15 @@ from collections import defaultdict
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
+from benchmarks.common import CLIPS, ROOT
 from benchmarks.stage1_cases import HEIGHT, LIMIT_PHASES, OUR_PHASES, WIDTH, run_case
 
-ROOT = Path(__file__).resolve().parent.parent
-CLIPS = Path("../shared/data/clips")  # seen from the repository's root
 WAYS = ("limit", "usual", "ours")
 HIGH_DEFINITION = 576  # lines; taller clips are a source of their own: decoding them outweighs all the rest
 NAMES = {"XVID": "Xvid", "DX50": "DivX", "DIVX": "DivX", "AVC1": "H.264", "H264": "H.264"}
@@ -253,10 +252,6 @@ def repeated(clips: list[Clip], frames: int) -> list[Clip]:
     """The clips over and over until so many frames are reached."""
     rounds = -(-frames // sum(c.frames for c in clips))
     return clips * rounds
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 def start_up(runs: list[Result]) -> Result:

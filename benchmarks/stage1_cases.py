@@ -220,12 +220,8 @@ def store(scratch: Path, videos: list[str], names: tuple[str, ...]) -> int:
     stored = []
     for row, video in enumerate(videos):
         answer = codec.convert(video, spool, settings, lambda: None)
-        stored.append(writer.Video(row, video, -1, **{k: listed(v) for k, v in answer.items()}))
+        arrays = {k: np.array(v, np.int64) if isinstance(v, list) else v for k, v in answer.items()}
+        stored.append(writer.Video(row, video, -1, **arrays))
     origin = Origin(settings, "0" * 64, (), {}, 1)
     writer.write_shard(scratch, 0, origin, 0, len(videos), stored, [], spool)
     return sum(len(v.frame_bytes) for v in stored)
-
-
-def listed(value: Any) -> Any:
-    """A list of numbers as the worker has it."""
-    return np.array(value, np.int64) if isinstance(value, list) else value

@@ -28,13 +28,14 @@ from contextlib import redirect_stdout
 from functools import cache
 from itertools import repeat
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import clock, endless, median, open_shards
+from benchmarks.common import clock, endless, open_shards
 from preprocess.shards import ShardSet
 from train import cost, loop
 from train.config import Pretraining

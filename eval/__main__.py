@@ -351,7 +351,6 @@ def report(
     from eval.results import Data
     from eval.retrieve import folder_names, measure
     from preprocess.files import write_text
-    from train.trained import load_run
 
     if (shards is None) != (manifest is None) or (gallery and shards is None):
         raise ValueError("moving clips need both --shards and --manifest")
@@ -359,12 +358,10 @@ def report(
     data = Data.open(shards, manifest) if shards and manifest else None
     found = {}
     if data and gallery:
-        states = [
-            ("untrained", gallery[0], "initial"),
-            *((n, r, "last") for n, r in zip(folder_names(gallery), gallery)),
-        ]
+        titles = ["untrained", *folder_names(gallery)]
+        loaded = chain(_load(gallery[:1], "initial"), _load(gallery, "last"))
         machine = Machine(device, workers)
-        found = {name: measure(load_run(run, weights), data, machine=machine) for name, run, weights in states}
+        found = {title: measure(run, data, machine=machine) for title, run in zip(titles, loaded)}
     text = page(build(rows), rows, refused, runs, data, found)
     write_text(out, text)
     print(f"wrote {out}, {len(text) / 1e6:.1f} MB")

@@ -62,17 +62,12 @@ def frozen(clips: Tensor, _: Tensor) -> Tensor:
 
 def shuffled(clips: Tensor, index: Tensor) -> Tensor:
     """Frames in an order of each clip's own, a function of its video's row."""
-    videos = [
-        clip[torch.arange(len(clip))[:, None], torch.from_numpy(_orders(int(i), *clip.shape[:2]))]
-        for clip, i in zip(clips, index)
-    ]
+    videos = []
+    for video, i in zip(clips, index.tolist()):
+        n, t = video.shape[:2]
+        order = np.random.default_rng([SEED, i]).permuted(np.tile(np.arange(t), (n, 1)), axis=1)  # (N, T)
+        videos.append(video[torch.arange(n)[:, None], torch.from_numpy(order)])
     return torch.stack(videos)
-
-
-def _orders(index: int, clips: int, frames: int) -> np.ndarray:
-    """An order of the frames for each clip of a video, int64 (clips, frames)."""
-    rng = np.random.default_rng([SEED, index])
-    return rng.permuted(np.tile(np.arange(frames), (clips, 1)), axis=1)
 
 
 VIEWS: dict[str, View] = {"as it is": unchanged, "reversed": backwards, "frozen": frozen, "shuffled": shuffled}

@@ -92,12 +92,10 @@ def unchanged(clips: Tensor, _: Tensor) -> Tensor:
     return clips
 
 
-def video_features(
-    run: Run, data: Data, network: Network = "video", machine: Machine = AUTO, clips: int = CLIPS
-) -> Features:
+def video_features(run: Run, data: Data, network: Network = "video", machine: Machine = AUTO) -> Features:
     """Features of all videos of the data's manifest."""
     modality: Modality = "video" if network == "layer4" else network
-    clip_set = ClipSet(data.shards, data.manifest, run.config.sampling, clips, modality)
+    clip_set = ClipSet(data.shards, data.manifest, run.config.sampling, CLIPS, modality)
     (vectors,) = over_clips(part(run, network), clip_set, run.config, pooled, machine=machine)
     return Features(vectors, clip_set.label, clip_set.video, clip_set.failed)
 

@@ -59,8 +59,8 @@ def measure(run: Run, data: Data, network: Network = "video", machine: Machine =
     linear, by_chance = {}, {}
     for name, number in labellings(data.shards.classes).items():
         known, true = number[train.label], number[test.label]
-        knn[name] = {k: _percent(guess == true) for k, guess in zip(KS, vote(known[order]).T)}
-        linear[name] = _percent(linear_classifier(train.vectors, known, test.vectors) == true)
+        knn[name] = {k: 100 * float((guess == true).mean()) for k, guess in zip(KS, vote(known[order]).T)}
+        linear[name] = 100 * float((linear_classifier(train.vectors, known, test.vectors) == true).mean())
         by_chance[name] = chance(true, known)
     return Probe(len(test.label), len(train.label), network, knn, linear, by_chance, how)
 
@@ -109,7 +109,3 @@ def linear_classifier(vectors: np.ndarray, labels: np.ndarray, queries: np.ndarr
     if model.n_iter_.max() >= STEPS:
         raise ValueError(f"the linear probe did not settle in {STEPS} steps: are the features sound?")
     return model.predict(scale.transform(queries.astype(np.float64)))
-
-
-def _percent(hits: np.ndarray) -> float:
-    return 100 * float(hits.mean())

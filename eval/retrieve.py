@@ -71,15 +71,13 @@ class Retrieval:
         return neighbours.draw({title: self}, out)
 
 
-def measure(
-    run: Run, data: Data, network: Network = "video", machine: Machine = AUTO, ks: Sequence[int] = KS
-) -> Retrieval:
+def measure(run: Run, data: Data, network: Network = "video", machine: Machine = AUTO) -> Retrieval:
     """Test videos query the training videos, by the protocol of `eval.features.protocol`.
 
     A k that reaches the size of the gallery is left out: everything is found there.
     """
     test, train = sides(run, data, network, machine)
-    ks = [k for k in ks if k == 1 or k < len(train.label)]
+    ks = [k for k in KS if k == 1 or k < len(train.label)]
     order = nearest(test.vectors, train.vectors, max(ks))
     labelled = {name: (of[test.label], of[train.label]) for name, of in labellings(data.shards.classes).items()}
     found = {name: hits(order, *labels) for name, labels in labelled.items()}

@@ -122,9 +122,9 @@ def test_labels_of_two_parts_are_scored_three_times() -> None:
         assert {k: v.tolist() for k, v in labellings(classes).items()} == {"class": list(range(len(classes)))}
 
 
-def test_retrieval_finds_what_its_features_say(tiny: Tiny, joint_run: Path) -> None:
+def test_retrieval_finds_what_its_features_say(tiny: Tiny, joint_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, data = load_run(joint_run), Data.open(*tiny)
-    found = retrieve.measure(loaded, data, machine=CPU, ks=(1, 5))
+    found = retrieve.measure(loaded, data, machine=CPU)
     sides = {name: data.subset(name) for name in ("test", "train")}
     for name, videos in (("test", found.query), ("train", found.gallery)):
         assert [data.shards.paths[v] for v in videos] == list(sides[name].manifest.paths)
@@ -140,7 +140,8 @@ def test_retrieval_finds_what_its_features_say(tiny: Tiny, joint_run: Path) -> N
             p = found.recalls[name][k]  # eight videos of no known recording
             assert found.errors[name][k] == pytest.approx(math.sqrt(p * (100 - p) / 8), rel=0.1)
     assert found.groups == 8
-    assert list(retrieve.measure(loaded, data, machine=CPU, ks=(1, 11, 12, 20)).recalls["both"]) == [1, 11]
+    monkeypatch.setattr(retrieve, "KS", (1, 11, 12, 20))
+    assert list(retrieve.measure(loaded, data, machine=CPU).recalls["both"]) == [1, 11]
 
 
 # ---- what is stored and printed

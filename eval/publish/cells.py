@@ -90,10 +90,10 @@ class Published:
 
 
 @cache
-def published(path: Path = PAPER) -> tuple[Published, ...]:
+def published() -> tuple[Published, ...]:
     """Every cell of the nine tables, in the paper's order."""
     found = []
-    with open(path, newline="", encoding="utf-8") as f:
+    with open(PAPER, newline="", encoding="utf-8") as f:
         for line in csv.DictReader(f):
             value, note, epoch = line.pop("value"), line.pop("note"), line.pop("epoch")
             place = {key: line[key] for key in ("table", "row", "column")}

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,15 +34,18 @@ from preprocess.shards import ShardSet
 from train import cost, runs
 from train.config import Config
 from train.data import check_motion
+from train.heldout import FORWARD
 from train.recipes import RECIPES
 
 VERBS = {"retrieval": "retrieve", "classification": "classify", "pretext": "pretext"}
-FORWARD = 1 / 3  # of a training step's operations, which are one forward pass and a backward of twice as many
 RECENT = 100  # lines of metrics whose clips per second count
 PYTHON = (sys.executable, "-m")
 """What starts a command."""
 SPARE = 1.5  # time asked of SLURM, over the estimate
-PUBLISHED = {"ucf101": (9537, 3783), "hmdb51": (3570, 1530), "k400": (246_000, 0), "ucf20": (1947, 776)}
+PUBLISHED = {
+    **{"ucf101": (9537, 3783), "hmdb51": (3570, 1530), "k400": (246_000, 0), "ucf20": (1947, 776)},
+    **dict.fromkeys(("scenes", "small"), (288, 360)),
+}
 """(training, test) videos of data sets that are not at hand."""
 
 TASK = """#!/bin/bash
@@ -138,6 +140,8 @@ class Place:
         self.folder, self.data = folder, {d.name: d for d in data}
         self.flags = {"train": training, "eval": evaluation}
         self.existing = self._scan()
+        subsets = {d.name: Manifest.read(d.manifest).subsets for d in data}
+        self.videos = PUBLISHED | {name: (max(1, of.count("train")), of.count("test")) for name, of in subsets.items()}
 
     def missing(self, tables: Sequence[str], seeds: Sequence[int], rows: Sequence[Row]) -> list[Step]:
         """The steps that fill some tables, each after what it needs; `rows` are sound ones."""
@@ -177,9 +181,9 @@ class Place:
         if cell.kind == "retrieval":
             options += ["--network", cell.network]
         hours, measured = self._hours(of)
-        train, test = self._videos(cell.data)
+        train, test = self.videos[cell.data]
         clips = {"retrieval": CLIPS * (train + test), "classification": CLIPS * test, "pretext": test}[cell.kind]
-        hours *= FORWARD * clips / (of.config.epochs * self._videos(trained_on(cell.recipe))[0])
+        hours *= FORWARD * clips / (of.config.epochs * self.videos[trained_on(cell.recipe)][0])
         what = ("eval", VERBS[cell.kind], str(self._run(of)))
         return self._step(what, options, hours, measured, self.training(of), cell.data, lacks)
 
@@ -213,16 +217,9 @@ class Place:
     def _run(self, training: Training) -> Path:
         return self.existing[training].folder if training in self.existing else self.folder / training.name
 
-    def _videos(self, name: str) -> tuple[int, int]:
-        """(training, test) videos of a data set; as published where it is not at hand."""
-        if name not in self.data:
-            return PUBLISHED.get(name, (288, 360))
-        subsets = _subsets(self.data[name].manifest)
-        return max(1, subsets.count("train")), subsets.count("test")
-
     def _hours(self, training: Training) -> tuple[float, bool]:
         """(hours of the whole training, whether by the speed of runs of the same networks)."""
-        mine, videos = training.config, self._videos(trained_on(training.recipe))[0]
+        mine, videos = training.config, self.videos[trained_on(training.recipe)][0]
         alike = [t for t in self.existing if (t.config.networks, t.config.size) == (mine.networks, mine.size)]
         if speeds := [self.existing[t].speed for t in alike if self.existing[t].speed]:
             return mine.epochs * videos * cost.flops_per_clip(mine) / statistics.median(speeds) / 3600, True
@@ -258,11 +255,6 @@ def _rate(path: Path) -> float:
         except (ValueError, KeyError, TypeError):  # a line that a kill cut short
             continue
     return statistics.median(found) if found else 0.0
-
-
-@cache
-def _subsets(manifest: Path) -> tuple[str, ...]:
-    return Manifest.read(manifest).subsets
 
 
 def describe(steps: Sequence[Step]) -> str:

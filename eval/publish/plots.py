@@ -44,10 +44,8 @@ class Series:
     """As matplotlib writes it: what ran here has dots, what the paper reports is dashed."""
 
 
-def chart(
-    title: str, series: Sequence[Series], x_label: str, y_label: str, ticks: Sequence[float] = (), log: bool = False
-) -> str:
-    """An SVG document. `ticks` are the places on the x axis."""
+def chart(title: str, series: Sequence[Series], x_label: str, y_label: str, ticks: Sequence[float] = ()) -> str:
+    """An SVG document. `ticks` are the places on the x axis, which is logarithmic where there are any."""
     with figures.drawing() as Figure:
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -56,9 +54,8 @@ def chart(
             style: dict[str, Any] = {"color": COLOURS[s.colour % len(COLOURS)], "label": s.name or "_", "markersize": 4}
             spread = error if any(error) else None
             axes.errorbar(x, y, spread, fmt=s.style, linewidth=1.2 if "-" in s.style[-2:-1] else 1.8, **style)
-        if log:
-            axes.set_xscale("log")
         if ticks:
+            axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axes.minorticks_off()
         axes.set_ylim(bottom=0)
@@ -78,7 +75,7 @@ def table_plots(tables: Sequence[Table]) -> dict[str, str]:
     for table in tables:
         if table.name in ("3", "7"):
             what = {"3": ("epoch of fine-tuning", "top-1, %"), "7": ("epoch of pretraining", "%")}[table.name]
-            found[plot_name(table)] = chart(table.heading, _by_epoch(table), *what, EPOCHS, log=True)
+            found[plot_name(table)] = chart(table.heading, _by_epoch(table), *what, EPOCHS)
         elif table.name.split(" ")[0] == "scenes" and (series := _by_alpha(table)):
             title = f"How alpha moves what is learned ({table.name})"
             found[plot_name(table)] = chart(title, series, "alpha: weight of motion against context", "R@1, %")
