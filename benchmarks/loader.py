@@ -32,7 +32,7 @@ import tempfile
 import time
 import tracemalloc
 from collections import defaultdict
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -152,20 +152,15 @@ def template_shard(data: PretrainSet, folder: Path, count: int) -> Path:
     spool = Spool(folder / "spool")
     spool.folder.mkdir(parents=True)
     rows = []
-    with (
-        open(spool.path("frames"), "wb") as frames,
-        open(spool.path("iframes"), "wb") as iframes,
-        open(spool.path("motion"), "wb") as motion,
-    ):
+    with ExitStack() as stack:
+        frames, iframes, motion = (stack.enter_context(open(spool.path(name), "wb")) for name in Spool.names)
         for row in range(count):
             shard, i = data.shards.locate(int(data.video[row % min(CONTENTS, len(data))]))
             first, end = shard.frame_offset[i : i + 2].tolist()
             end = min(end, first + CUT)
             low, high = shard.iframe_frame.searchsorted([first, end]).tolist()
-            of_frames, of_iframes = (
-                shard["frames/jpeg_offset"][first : end + 1],
-                shard["iframes/jpeg_offset"][low : high + 1],
-            )
+            of_frames = shard["frames/jpeg_offset"][first : end + 1]
+            of_iframes = shard["iframes/jpeg_offset"][low : high + 1]
             frames.write(shard["frames/jpeg"][of_frames[0] : of_frames[-1]].tobytes())
             iframes.write(shard["iframes/jpeg"][of_iframes[0] : of_iframes[-1]].tobytes())
             motion.write(shard.motion[first:end].tobytes())

@@ -21,8 +21,7 @@ import tyro
 from preprocess.command import DONE, WITH_FAILURES, ended, say, verb
 
 if TYPE_CHECKING:
-    from eval.features import Machine
-    from eval.results import Data, Foreign, Result
+    from eval.results import Foreign, Result
     from train.trained import Run
 
 Runs = tyro.conf.Positional[tuple[Path, ...]]
@@ -43,16 +42,6 @@ class Common:
     """auto, cpu, cuda or cuda:1."""
     workers: int | None = None
     """Processes that decode; None: one a core at hand but this process's own, 8 at most."""
-
-    def data(self) -> Data:
-        from eval.results import Data
-
-        return Data.open(self.shards, self.manifest)
-
-    def machine(self) -> Machine:
-        from eval.features import Machine
-
-        return Machine(self.device, self.workers)
 
 
 CommonFlags = Annotated[Common, tyro.conf.OmitArgPrefixes]
@@ -153,12 +142,12 @@ def features(run: tyro.conf.Positional[Path], common: CommonFlags, out: Path, ne
         out: NPZ to write, of the manifest's videos of every subset; it also says where the features came from.
         network: As of retrieve: video, layer4, iframe or motion.
     """
-    from eval.features import protocol, store, video_features
-    from eval.results import about
+    from eval.features import Machine, protocol, store, video_features
+    from eval.results import Data, about
     from train.trained import load_run
 
-    data, loaded = common.data(), load_run(run, common.weights)
-    found = video_features(loaded, data, network, common.machine())
+    data, loaded = Data.open(common.shards, common.manifest), load_run(run, common.weights)
+    found = video_features(loaded, data, network, Machine(common.device, common.workers))
     how = protocol(loaded.config, network, found.failed)
     store(out, found, data, about(loaded, data) | {"network": network, "protocol": how})
     print(f"{len(found.vectors)} features of {found.vectors.shape[1]} numbers in {out}; {how}")
@@ -217,12 +206,14 @@ def _evaluate(
     Returns the results by their titles. `show` says what is printed of several together.
     """
     from eval import results
+    from eval.features import Machine
 
     if picture and picture.suffix.lower() != ".png":
         raise ValueError(f"--picture is {picture}; it is a PNG: let its name end in .png")
-    data, found, stored = common.data(), {}, []
+    data, found, stored = results.Data.open(common.shards, common.manifest), {}, []
+    machine = Machine(common.device, common.workers)
     for number, network in enumerate(networks):
-        result: Any = measure(network, data, machine=common.machine())
+        result: Any = measure(network, data, machine=machine)
         title = titles[number] if titles else results.title(network)
         found[title] = result
         if network.folder:

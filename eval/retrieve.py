@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from eval import neighbours
 from eval.features import AUTO, Machine, Network, Run, protocol, sides
 from eval.results import Data, Row, number_table, protocols, text_table
 
@@ -66,8 +67,6 @@ class Retrieval:
         return compared({title: self}, KS)
 
     def draw(self, title: str, out: Path) -> Path:
-        from eval import neighbours
-
         return neighbours.draw({title: self}, out)
 
 

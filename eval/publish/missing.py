@@ -168,9 +168,9 @@ class Place:
             before = self.training(first)
             options += ["--pretrained", str(self._run(first))]
         hours, measured = self._hours(wanted)
-        what = ("train", wanted.recipe, "--out", str(self._run(wanted)))
+        what = ["train", wanted.recipe, "--out", str(self._run(wanted))]
         lacks = self._lacks(wanted)
-        return self._step(what, options, hours * left, measured, before, trained_on(wanted.recipe), lacks)
+        return self._step(what, options, (hours * left, measured), before, trained_on(wanted.recipe), lacks)
 
     def evaluation(self, cell: Cell, seed: int) -> Step:
         of = Training(cell.recipe, cell.pretraining, seed)
@@ -184,8 +184,8 @@ class Place:
         train, test = self.videos[cell.data]
         clips = {"retrieval": CLIPS * (train + test), "classification": CLIPS * test, "pretext": test}[cell.kind]
         hours *= FORWARD * clips / (of.config.epochs * self.videos[trained_on(cell.recipe)][0])
-        what = ("eval", VERBS[cell.kind], str(self._run(of)))
-        return self._step(what, options, hours, measured, self.training(of), cell.data, lacks)
+        what = ["eval", VERBS[cell.kind], str(self._run(of))]
+        return self._step(what, options, (hours, measured), self.training(of), cell.data, lacks)
 
     def _lacks(self, training: Training) -> str:
         """What its shards, where they are at hand, lack of the motion that it predicts: flow, or residuals."""
@@ -199,20 +199,13 @@ class Place:
         return ""
 
     def _step(
-        self,
-        what: tuple[str, ...],
-        options: list[str],
-        hours: float,
-        measured: bool,
-        after: Step | None,
-        data: str,
-        lacks: str,
+        self, what: list[str], options: list[str], hours: tuple[float, bool], after: Step | None, data: str, lacks: str
     ) -> Step:
         d = self.data.get(data)
         shards, manifest = (str(d.shards), str(d.manifest)) if d else ("SHARDS", "MANIFEST")
         lacks = lacks if d else f"--data {data}=SHARDS:MANIFEST is not given"
         command = (*what, "--shards", shards, "--manifest", manifest, *options, *self.flags[what[0]])
-        return Step(command, hours, measured, after, lacks or (after.lacks if after else ""))
+        return Step(command, *hours, after, lacks or (after.lacks if after else ""))
 
     def _run(self, training: Training) -> Path:
         return self.existing[training].folder if training in self.existing else self.folder / training.name

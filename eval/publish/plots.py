@@ -106,11 +106,8 @@ def _by_alpha(table: Table) -> list[Series]:
     alphas: list[tuple[float, str]] = []
     for row in table.rows:
         recipe = RECIPES.get(row)
-        if recipe and isinstance(recipe.config, Pretraining):
-            base = RECIPES[recipe.base].config if recipe.base else recipe.config
-            same = {"objective.alpha": 0.5}
-            if recipe.config.changed(same) == base.changed(same):
-                alphas.append((recipe.config.objective.alpha, row))
+        if recipe and isinstance(recipe.config, Pretraining) and recipe.changes().keys() <= {"objective.alpha"}:
+            alphas.append((recipe.config.objective.alpha, row))
     series = []
     for colour, column in enumerate(table.columns):
         values = [(alpha, table.at(row, column).value) for alpha, row in sorted(alphas)]
