@@ -143,7 +143,7 @@ def test_every_part_is_there(report: Path) -> None:
     assert names > {*NINE} and all(f'id="table-{name}"' in text for name in names)
     assert re.findall(r'<img class="chart".*?alt="(.*?)"', text) == [
         "plot of table 3", "plot of table 7", "plot of table scenes", "training of scenes on scenes",
-        "confusion of small-scratch on ucf5",
+        "training of scenes on scenes, batch_size 8", "confusion of small-scratch on ucf5",
     ]  # fmt: skip
     assert "its name is not the hash of what it holds" in text.split('id="left-out"')[1]
     assert "not run" in text and "<p>split: protocol.</p>" in text and "<code>14.mp4</code>" in text
@@ -248,7 +248,7 @@ def test_a_browser_shows_all_of_it(report: Path, tmp_path: Path, width: int) -> 
     assert said, done.stderr[-2000:]
     assert json.loads(said[1].replace("&quot;", '"')) == {
         "tables": len({cell.table for cell in cells()}) + 1,
-        "charts": 5,
+        "charts": 6,
         "pictures": 4 * 7 + 4 * 4,
         "dead": 0,
         "overflow": 0,
