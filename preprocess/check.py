@@ -28,7 +28,7 @@ from preprocess.schema import (
     shard_paths,
     work_path,
 )
-from preprocess.shards import Shard, ShardSet
+from preprocess.shards import Shard, ShardSet, open_shard
 
 ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
 END_OF_IMAGE = (0xFF, 0xD9)  # the marker that a whole JPEG ends with
@@ -150,10 +150,8 @@ def _some(shard: Shard, start: int, end: int) -> Iterator[slice]:
 
 def describe(folder: Path) -> str:
     """What a set of shards holds, as lines of text; of one that is not finished, what there is of it."""
-    shards, begun = (
-        [Shard(path) for path in shard_paths(folder)],
-        list(folder.glob(work_path(Path("shard-*[0-9].h5")).name)),
-    )
+    shards = [shard for path in shard_paths(folder) if (shard := open_shard(path)) is not None]
+    begun = list(folder.glob(work_path(Path("shard-*[0-9].h5")).name))
     if not shards and not begun:
         raise ValueError(NO_SHARDS.format(folder))
     journals = [path.read_bytes() for work in begun for path in work.glob(JOURNAL)]

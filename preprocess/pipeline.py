@@ -342,7 +342,7 @@ def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Ma
     `write_shard`, ValueError where what it holds is damaged, RuntimeError where the videos' folder went away.
     """
     try:
-        with working(task.shard, task.made_from, task.spooled, task.scratch) as journal:
+        with working(task.shard, task.made_from, task.spooled, task.scratch, task.retry_failed) as journal:
             if lacking(task):
                 return _make(task, codec, journal, progress)
         made = Made(0, 0, 0, 0)  # another process has made it meanwhile
