@@ -100,11 +100,7 @@ def run(
 
 
 def manifest(
-    folder: tyro.conf.Positional[Path],
-    out: Path,
-    labels: bool = True,
-    test_share: float = 0.0,
-    seed: int = 0,
+    folder: tyro.conf.Positional[Path], out: Path, labels: bool = True, test_share: float = 0.0, seed: int = 0
 ) -> int:
     """Write a manifest of the videos in a folder; classes are folder names, or none where the folder is flat.
 

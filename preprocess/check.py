@@ -79,7 +79,7 @@ def content_problems(shard: Shard) -> list[str]:
     lengths = np.diff(shard.frame_offset)
     if (lengths < 1).any():
         problems.append("a stored video has no frame")
-    expected = [np.arange(start, end, settings.gop) for start, end in _spans(shard)]
+    expected = [np.arange(start, end, settings.gop) for start, end in pairwise(shard.frame_offset.tolist())]
     if not np.array_equal(np.concatenate([*expected, np.empty(0, np.int64)]), iframes):
         problems.append(f"I-frames are not exactly every {settings.gop} frames")
     elif not all((shard.motion[iframes[some]] == INTRA).all() for some in _some(shard, 0, len(iframes))):
@@ -92,10 +92,10 @@ def content_problems(shard: Shard) -> list[str]:
 def flow_problems(shard: Shard) -> list[str]:
     """What is wrong with the optical flow of a shard. Raises ValueError where it cannot be read."""
     problems = []
-    starts = shard.frame_offset[:-1]
-    if not (shard.flow[starts] == INTRA).all():
+    if not (shard.flow[shard.frame_offset[:-1]] == INTRA).all():
         problems.append("a video's first frame carries optical flow")
-    if any((shard.flow[some] == INTRA).any() for start, end in _spans(shard) for some in _some(shard, start + 1, end)):
+    spans = pairwise(shard.frame_offset.tolist())
+    if any((shard.flow[some] == INTRA).any() for start, end in spans for some in _some(shard, start + 1, end)):
         problems.append("a later frame of a video lacks optical flow")
     return problems
 
@@ -133,12 +133,6 @@ def _picture_problems(shard: Shard, kind: str, size: tuple[int, int]) -> list[st
             if tuple(data[-2:]) != END_OF_IMAGE:
                 return [f"{kind} {number} does not end as a JPEG"]
     return []
-
-
-def _spans(shard: Shard) -> list[tuple[int, int]]:
-    """First frame of each video, and the one after its last."""
-    offsets = shard.frame_offset.tolist()
-    return list(pairwise(offsets))
 
 
 def _some(shard: Shard, start: int, end: int) -> Iterator[slice]:
