@@ -100,11 +100,7 @@ def run(
 
 
 def manifest(
-    folder: tyro.conf.Positional[Path],
-    out: Path,
-    labels: bool = True,
-    test_share: float = 0.0,
-    seed: int = 0,
+    folder: tyro.conf.Positional[Path], out: Path, labels: bool = True, test_share: float = 0.0, seed: int = 0
 ) -> int:
     """Write a manifest of the videos in a folder; classes are folder names, or none where the folder is flat.
 
@@ -185,6 +181,7 @@ def synthetic(out: Path, workers: int = 1, train: int = 288, test: int = 360, mo
     from preprocess.synthetic import Scenes, write
 
     at_least("--workers", workers, 1)
+    at_least("--seed", seed, 0)
     made = write(out, Scenes(motions=motions, train=train, test=test, seed=seed), workers=workers)
     print(f"{len(made.paths)} scenes of {len(made.classes)} classes in {out / 'videos'}, {out / 'manifest.csv'}")
     return DONE
@@ -243,6 +240,7 @@ def copy(
     except ModuleNotFoundError as error:
         raise ValueError(f"copy needs a package that is missing ({error.name}): pip install '.[remote]'") from error
 
+    at_least("--workers", workers, 1)
     copied, there = transfer.copy(source, target, workers)
     print(f"{copied} files copied, each with its checksum; {there} were there")
     return DONE

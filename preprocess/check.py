@@ -28,7 +28,7 @@ from preprocess.schema import (
     shard_paths,
     work_path,
 )
-from preprocess.shards import Shard, ShardSet
+from preprocess.shards import Shard, ShardSet, open_shard
 
 ITEMS = 32  # pictures or grids that are looked at before their part of the file is let go
 END_OF_IMAGE = (0xFF, 0xD9)  # the marker that a whole JPEG ends with
@@ -79,7 +79,7 @@ def content_problems(shard: Shard) -> list[str]:
     lengths = np.diff(shard.frame_offset)
     if (lengths < 1).any():
         problems.append("a stored video has no frame")
-    expected = [np.arange(start, end, settings.gop) for start, end in _spans(shard)]
+    expected = [np.arange(start, end, settings.gop) for start, end in pairwise(shard.frame_offset.tolist())]
     if not np.array_equal(np.concatenate([*expected, np.empty(0, np.int64)]), iframes):
         problems.append(f"I-frames are not exactly every {settings.gop} frames")
     elif not all((shard.motion[iframes[some]] == INTRA).all() for some in _some(shard, 0, len(iframes))):
@@ -92,10 +92,10 @@ def content_problems(shard: Shard) -> list[str]:
 def flow_problems(shard: Shard) -> list[str]:
     """What is wrong with the optical flow of a shard. Raises ValueError where it cannot be read."""
     problems = []
-    starts = shard.frame_offset[:-1]
-    if not (shard.flow[starts] == INTRA).all():
+    if not (shard.flow[shard.frame_offset[:-1]] == INTRA).all():
         problems.append("a video's first frame carries optical flow")
-    if any((shard.flow[some] == INTRA).any() for start, end in _spans(shard) for some in _some(shard, start + 1, end)):
+    spans = pairwise(shard.frame_offset.tolist())
+    if any((shard.flow[some] == INTRA).any() for start, end in spans for some in _some(shard, start + 1, end)):
         problems.append("a later frame of a video lacks optical flow")
     return problems
 
@@ -135,12 +135,6 @@ def _picture_problems(shard: Shard, kind: str, size: tuple[int, int]) -> list[st
     return []
 
 
-def _spans(shard: Shard) -> list[tuple[int, int]]:
-    """First frame of each video, and the one after its last."""
-    offsets = shard.frame_offset.tolist()
-    return list(pairwise(offsets))
-
-
 def _some(shard: Shard, start: int, end: int) -> Iterator[slice]:
     """ITEMS at a time from start to end; what was read of the file leaves memory after each."""
     for first in range(start, end, ITEMS):
@@ -150,10 +144,8 @@ def _some(shard: Shard, start: int, end: int) -> Iterator[slice]:
 
 def describe(folder: Path) -> str:
     """What a set of shards holds, as lines of text; of one that is not finished, what there is of it."""
-    shards, begun = (
-        [Shard(path) for path in shard_paths(folder)],
-        list(folder.glob(work_path(Path("shard-*[0-9].h5")).name)),
-    )
+    shards = [shard for path in shard_paths(folder) if (shard := open_shard(path)) is not None]
+    begun = list(folder.glob(work_path(Path("shard-*[0-9].h5")).name))
     if not shards and not begun:
         raise ValueError(NO_SHARDS.format(folder))
     journals = [path.read_bytes() for work in begun for path in work.glob(JOURNAL)]

@@ -236,9 +236,10 @@ class Codec:
         """The child's next line. The limit begins anew with every sign of life."""
         assert child.stdout
         line = b""
+        pipe = select.poll()  # select.select knows no descriptor beyond 1023
+        pipe.register(child.stdout, select.POLLIN)
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([child.stdout], [], [], time_limit)
-            if not ready:
+            if not pipe.poll(1000 * time_limit):
                 self._stop()
                 raise CodecError(f"no progress within {time_limit:g} s (--time-limit)")
             piece = os.read(child.stdout.fileno(), PIPE_BYTES)

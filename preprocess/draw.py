@@ -44,11 +44,9 @@ def colour_wheel(motion: npt.ArrayLike, limit: float, intra: Mask | None = None)
 
     motion: (..., 2) pixels. limit: the magnitude in pixels that gets the full colour; longer vectors get it too.
     intra: (...) true where a block has no vector; those become INTRA_GREY, which no vector can become.
-    Returns uint8 RGB (..., 3). ValueError where a shape or the limit makes no sense.
+    Returns uint8 RGB (..., 3). ValueError where a shape makes no sense.
     """
     vectors = _vectors(motion)
-    if not limit > 0:
-        raise ValueError(f"limit is {limit}: the magnitude shown in full colour must be above 0 pixels")
     turn = np.arctan2(vectors[..., 1], vectors[..., 0]) / (2 * np.pi) % 1.0
     hue = np.interp(turn * _ARC_ENDS[-1], _ARC_ENDS, np.arange(7))  # in sixths: 0 red, 1 yellow, 2 green, ...
     saturation = np.minimum(np.hypot(vectors[..., 0], vectors[..., 1]) / limit, 1.0)
@@ -65,8 +63,6 @@ def colour_wheel(motion: npt.ArrayLike, limit: float, intra: Mask | None = None)
 
 def wheel_legend(size: int) -> Image:
     """The wheel as a disc on white, uint8 (size, size, 3): a vector from the centre has the colour it ends on."""
-    if size < 3:
-        raise ValueError(f"size is {size}: a legend needs at least 3 pixels")
     radius = size / 2
     offset = (np.arange(size) + 0.5 - radius) / radius
     vectors = np.stack(np.meshgrid(offset, offset, indexing="xy"), axis=-1)
@@ -121,8 +117,6 @@ def arrows(frame: Image, motion: npt.ArrayLike, encoded: tuple[int, int], gain: 
     vectors = _grid(motion, encoded)
     if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
         raise ValueError(f"the frame is {frame.dtype} {frame.shape}: uint8 (height, width, 3) is needed")
-    if not gain > 0:
-        raise ValueError(f"gain is {gain}: it must be above 0")
     height, width = frame.shape[:2]
     scale = np.array([width / encoded[0], height / encoded[1]])
     rows, cols = vectors.shape[:2]
@@ -166,8 +160,6 @@ def pixels(figure: Figure) -> Image:
 
 def enlarge(image: Image, factor: int) -> Image:
     """Each pixel of an image, uint8 (H, W, ...), as a square of factor x factor pixels."""
-    if factor < 1:
-        raise ValueError(f"factor is {factor}: it must be at least 1")
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 

@@ -244,6 +244,8 @@ def _declared(container: InputContainer, stream: VideoStream, source: Source) ->
         duration = (container.duration or 0) / av.time_base
         if source.end >= UNCUT * duration:  # of the longest stream, which may be sound
             duration = min(duration, last + 1 / source.fps) if source.fps else 0
+        if stream.start_time and stream.time_base:  # the video may begin after the sound
+            duration -= float(stream.start_time * stream.time_base) - (container.start_time or 0) / av.time_base
     if source.is_variable and last >= MIN_DECODED * duration:
         return source.packets - source.hidden  # frames that are lost here and there look like a variable rate too
     return round(duration * source.fps) - source.hidden

@@ -71,8 +71,9 @@ def groups(
             if frames:
                 yield group()
             frames, records, lumas = [], [], []
-            iframe = _jpeg(frame, full, settings.width, settings.height, settings.jpeg_quality)
-        frames.append(_jpeg(frame, small, settings.frame_width, settings.frame_height, settings.jpeg_quality))
+            iframe = compress(shrink(frame, full, settings.width, settings.height), settings.jpeg_quality)
+        picture = shrink(frame, small, settings.frame_width, settings.frame_height)
+        frames.append(compress(picture, settings.jpeg_quality))
         records.append(vectors)
         if residuals:
             lumas.append(residual.padded_luma(frame, settings.grid))
@@ -139,11 +140,6 @@ def grids(records: Sequence[bytes], settings: Settings) -> np.ndarray:
     if np.count_nonzero(cells[..., 0] != INTRA) != len(vectors):
         raise ValueError("the encoded stream has two vectors for one block")
     return cells
-
-
-def _jpeg(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: int, quality: int) -> bytes:
-    """A frame of the encoded stream as JPEG of another size, from its YUV planes."""
-    return compress(shrink(frame, scaler, width, height), quality)
 
 
 def shrink(frame: av.VideoFrame, scaler: VideoReformatter, width: int, height: int) -> av.VideoFrame:

@@ -47,7 +47,8 @@ def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0)
     except PackageNotFoundError as error:
         raise ValueError("optical flow needs scikit-image: pip install '.[preprocess,flow]'") from error
     shards = ShardSet(folder).shards
-    todo = [shard for shard in shards if not _has_flow(shard)]
+    # Flow that is there but is another shard's raises ValueError.
+    todo = [shard for shard in shards if not beside_path(shard.path, "flow").exists() or shard.flow is None]
     with Progress(sum(map(len, todo))) as progress:
 
         def make(shard: Shard, codec: Codec) -> Path | None:
@@ -60,11 +61,6 @@ def run(folder: Path, videos: Path, workers: int = 1, time_limit: float = 600.0)
 
         made = [path for path in spread(make, todo, workers) if path]
     return len(made), len(shards) - len(todo)
-
-
-def _has_flow(shard: Shard) -> bool:
-    """Whether a shard's flow is there; ValueError where what is there is not that shard's."""
-    return beside_path(shard.path, "flow").exists() and shard.flow is not None
 
 
 def make_flow(

@@ -279,11 +279,7 @@ def from_rows(rows: Sequence[Sequence[str]], whole: str, where: Callable[[int], 
 
 
 def _check(
-    paths: Sequence[str],
-    labels: Sequence[str],
-    subsets: Sequence[str],
-    whole: str,
-    where: Callable[[int], str],
+    paths: Sequence[str], labels: Sequence[str], subsets: Sequence[str], whole: str, where: Callable[[int], str]
 ) -> None:
     """Raise ValueError for the first row that no manifest may hold; `where` names a row for the message."""
     if not len(paths) == len(labels) == len(subsets):

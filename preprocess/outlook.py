@@ -13,7 +13,7 @@ import numpy as np
 
 from preprocess.command import say, unheard
 from preprocess.schema import Settings, shard_paths
-from preprocess.shards import Shard
+from preprocess.shards import open_shard
 
 LOOKED_AT = 1000  # videos of a manifest; on a busy file system each takes a millisecond
 WITNESSES = 16  # of those found
@@ -50,7 +50,7 @@ def tell(
         unheard()
     if needed > free:
         say(f"warning: about {_size(needed)} are needed in {out}, and {_size(free)} are free")
-    if todo < workers:
+    if 0 < todo < workers:
         per_shard = -(-videos // workers)
         say(
             f"{workers} workers have {todo} shards to make, so that {workers - todo} of them idle"
@@ -75,7 +75,7 @@ def _free(folder: Path) -> int:
 
 def _video_bytes(out: Path, sources: Sequence[Path], settings: Settings) -> float:
     """About how much a video takes in a shard: what those there hold, or by the lengths that sources declare."""
-    if made := [Shard(path) for path in shard_paths(out)]:
+    if made := [shard for path in shard_paths(out) if (shard := open_shard(path)) is not None]:
         return sum(s.path.stat().st_size for s in made) / max(1, sum(map(len, made)))
     frames = declared_frames(sources) if len(sources) >= ENOUGH else []
     if not frames:

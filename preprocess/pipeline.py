@@ -30,8 +30,6 @@ from preprocess.shards import Shard, open_shard
 from preprocess.summary import Summary, write_failures
 from preprocess.writer import Busy, Journal, Spool, Video, copy_video, working, write_shard
 
-Backend = Literal["processes", "dask"]
-
 # Every library whose version can change a shard's bytes, and those of FFmpeg, which decode, scale and encode.
 LIBRARIES = ("av", "simplejpeg", "h5py")
 FFMPEG = ("libavcodec", "libavformat", "libswscale")
@@ -130,7 +128,7 @@ def run(
     settings: Settings,
     *,
     workers: int = 1,
-    backend: Backend = "processes",
+    backend: Literal["processes", "dask"] = "processes",
     scheduler: str | None = None,
     videos_per_shard: int = 128,
     part: tuple[int, int] = (1, 1),
@@ -342,7 +340,7 @@ def make_shard(task: Task, codec: Codec, progress: Progress | None = None) -> Ma
     `write_shard`, ValueError where what it holds is damaged, RuntimeError where the videos' folder went away.
     """
     try:
-        with working(task.shard, task.made_from, task.spooled, task.scratch) as journal:
+        with working(task.shard, task.made_from, task.spooled, task.scratch, task.retry_failed) as journal:
             if lacking(task):
                 return _make(task, codec, journal, progress)
         made = Made(0, 0, 0, 0)  # another process has made it meanwhile

@@ -43,13 +43,12 @@ SEPARATOR = "  ·  "
 Pixels = npt.NDArray[np.floating]
 
 
-def inspect(shards_folder: str | Path, video: str | None, sample: int, seed: int, out: Path) -> Path:
+def inspect(shards_folder: Path, video: str | None, sample: int, seed: int, out: Path) -> Path:
     """Draw the video with this manifest path, or `sample` videos drawn with `seed`, into `out` (.png or .mp4).
 
     Returns `out`. ValueError where the path is unknown (naming similar ones), where neither or too much is asked for,
     or where the ending of `out` is neither .png nor .mp4.
     """
-    out = Path(out)
     kind = out.suffix.lower()
     if kind not in (".png", ".mp4"):
         raise ValueError(f"{out} ends in {kind or 'nothing'}: a sheet ends in .png, a clip in .mp4")
@@ -82,9 +81,9 @@ def contact_sheet(shard_set: ShardSet, videos: Sequence[int], out_png: Path) -> 
     figure = new_figure(WIDTH, height * len(videos), layout="constrained")
     for part, view in zip(figure.subfigures(len(videos), 1, squeeze=False)[:, 0], views):
         _draw(part, view)
-    with replacing(Path(out_png)) as partial:
+    with replacing(out_png) as partial:
         figure.savefig(partial, format="png", dpi=DPI, facecolor="white")
-    return Path(out_png)
+    return out_png
 
 
 def animation(shard_set: ShardSet, video: int, out_mp4: Path) -> Path:
@@ -99,9 +98,9 @@ def animation(shard_set: ShardSet, video: int, out_mp4: Path) -> Path:
     except ImportError as error:
         raise ValueError("a clip needs PyAV: pip install av, or ask for a .png") from error
     view = _View.of(shard_set, video)
-    with replacing(Path(out_mp4)) as partial:
+    with replacing(out_mp4) as partial:
         film(partial, _clip_pictures(view), frame_rate(view.fps))
-    return Path(out_mp4)
+    return out_mp4
 
 
 def frame_rate(fps: float) -> Fraction:

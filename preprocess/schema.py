@@ -160,13 +160,8 @@ class Origin:
         Manifests may differ, by rows that were appended.
         """
         mine, theirs = self._flat(), other._flat()
-        names = sorted(set(mine) | set(theirs))
-        unnamed = "not named"
-        return [
-            f"{n}: {theirs.get(n, unnamed)} there, {mine.get(n, unnamed)} here"
-            for n in names
-            if mine.get(n) != theirs.get(n)
-        ]
+        names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+        return [f"{n}: {theirs.get(n, 'not named')} there, {mine.get(n, 'not named')} here" for n in names]
 
     def _flat(self) -> dict[str, Any]:
         flat: dict[str, Any] = {f"settings.{k}": v for k, v in asdict(self.settings).items()}

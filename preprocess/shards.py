@@ -49,8 +49,8 @@ class Shard:
     `decode_errors`, `iframe_frame` and `motion`.
 
     Raises ValueError naming file and dataset where the file is not a shard of this version, or, when a column is first
-    read, where that is damaged so that reading would leave the file; a flipped bit inside the data is found by its
-    checksum (`preprocess.check`), not here.
+    read, where that is damaged so that reading would leave the file; FileNotFoundError where another was put in its
+    place by then. A flipped bit inside the data is found by its checksum (`preprocess.check`), not here.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -78,7 +78,7 @@ class Shard:
 
     def _read_layout(self, f: h5py.File) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """Type, shape and byte offset of every dataset, each checked before a byte is mapped."""
-        size = os.path.getsize(self.path)
+        size = self._size = os.fstat(f.id.get_vfd_handle()).st_size
         rows, cols = self.settings.grid
         known: dict[str | int, int] = {"rows": rows, "cols": cols, 2: 2}
         layout = {}
@@ -97,7 +97,10 @@ class Shard:
         """A column of the schema, mapped."""
         if name not in self._columns:
             if self._mapped is None:
-                self._mapped = _map(self.path)
+                mapped = _map(self.path)
+                if len(mapped) != self._size:
+                    raise FileNotFoundError(f"{self.path} was replaced since it was opened: start again what reads it")
+                self._mapped = mapped
             column = _column(self._mapped, *self._layout[name])
             self._check_column(name, column)
             self._columns[name] = column
@@ -215,9 +218,11 @@ class Shard:
 def open_shard(path: Path) -> Shard | None:
     """The shard at a path; None where there is none, as while another process puts a new one there. Raises as Shard."""
     try:
-        return Shard(path)
-    except ValueError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        shard = Shard(path)
+        shard["videos/row"]  # maps the file, which then stays what it is
+        return shard
+    except (FileNotFoundError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
             return None
         raise
 

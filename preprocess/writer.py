@@ -101,10 +101,10 @@ class Journal:
     """What is finished of a target in the making, a line each, so that one that was killed goes on after its last.
 
     What an earlier attempt finished is kept where it was made from the same, which the text `made_from` says, and the
-    spool is cut to it; else both begin empty.
+    spool is cut to it; else both begin empty. With `retry_failed` that ends before the first failure.
     """
 
-    def __init__(self, spool: Spool, made_from: str) -> None:
+    def __init__(self, spool: Spool, made_from: str, retry_failed: bool = False) -> None:
         self.spool, self.path = spool, spool.path(JOURNAL)
         self.kept: deque[dict[str, Any]] = deque()
         self._lines: list[bytes] = []
@@ -121,6 +121,8 @@ class Journal:
             except ValueError:  # the power went before the disk had taken it
                 break
             if any(size > has for size, has in zip(after, there)):  # someone cut the spool
+                break
+            if retry_failed and "reason" in entry:
                 break
             self.kept.append(entry)
             length, sizes = length + len(line), after
@@ -153,7 +155,11 @@ class Journal:
 
 @contextmanager
 def working(
-    target: Path, made_from: str, names: tuple[str, ...] = Spool.names, scratch: Path | None = None
+    target: Path,
+    made_from: str,
+    names: tuple[str, ...] = Spool.names,
+    scratch: Path | None = None,
+    retry_failed: bool = False,
 ) -> Iterator[Journal]:
     """The making of `target`, by one process at a time: its journal and spool, which go once it is made.
 
@@ -166,7 +172,7 @@ def working(
     try:
         with _alone(beside):
             place.mkdir(parents=True, exist_ok=True)
-            yield Journal(Spool(place, names), made_from)
+            yield Journal(Spool(place, names), made_from, retry_failed)
             if scratch:
                 shutil.rmtree(place)
     except OSError as error:

@@ -95,6 +95,22 @@ def test_a_retry_encodes_what_failed_and_ends_in_the_bytes_of_a_run_without_fail
     assert files(tmp_path / "shards") == files(undisturbed)
 
 
+def test_a_retry_tries_what_an_interrupted_run_noted_as_failed(
+    videos: Path, tmp_path: Path, undisturbed: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (videos / "2.mp4").rename(tmp_path / "away.mp4")
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(pipeline, "write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        for _ in range(2):  # in the first run it is noted, the second takes the note
+            with pytest.raises(KeyboardInterrupt):
+                make(tmp_path, videos, videos_per_shard=8)
+    assert encoded == list(NAMES)
+    (tmp_path / "away.mp4").rename(videos / "2.mp4")
+    encoded.clear()
+    make(tmp_path, videos, videos_per_shard=8, retry_failed=True)
+    assert encoded == ["2.mp4", "3.mp4", "4.mp4"] and files(tmp_path / "shards") == files(undisturbed)
+
+
 def test_a_retry_never_loses_a_video(videos: Path, tmp_path: Path) -> None:
     (videos / "2.mp4").write_bytes(b"no video")
     make(tmp_path, videos, videos_per_shard=8)
@@ -319,7 +335,7 @@ def test_what_there_is_to_do_is_said_before(
     make(tmp_path, videos, videos_per_shard=4)
     capsys.readouterr()
     make(tmp_path, videos, videos_per_shard=4, dry_run=True)
-    assert capsys.readouterr().out == "2 shards, 2 already there: 0 videos to do\n"
+    assert capsys.readouterr() == ("2 shards, 2 already there: 0 videos to do\n", "")
 
 
 def test_the_room_that_is_needed_is_held_against_what_is_free(

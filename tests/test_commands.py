@@ -77,6 +77,8 @@ WRONG = {
     f"{RUN} --time-limit nan": "--time-limit is nan; it must be more",
     f"{RUN} --jpeg-quality 101": "jpeg_quality is 101; choose a value from 1 to 100",
     "preprocess check SHARDS --workers 0": "--workers is 0; choose 1",
+    "preprocess copy SHARDS OUT --workers 0": "--workers is 0; choose 1",
+    "preprocess synthetic --out OUT --seed -1": "--seed is -1; choose 0",
     "preprocess synthetic --out OUT --workers 0": "--workers is 0; choose 1",
     "preprocess manifest VIDEOS --out OUT --test-share 2": "test share is 2.0; choose one between 0 and 1",
     "preprocess inspect SHARDS --out x.jpg": "x.jpg ends in .jpg: a sheet ends in .png",

@@ -64,12 +64,8 @@ def test_saturation_is_the_magnitude_in_any_direction(angle: float, share: float
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: draw.colour_wheel(np.zeros((2, 2)), 0.0), "limit is 0.0"),
         (lambda: draw.colour_wheel(np.zeros((2, 3)), 1.0), r"shape \(2, 3\)"),
         (lambda: draw.colour_wheel(np.zeros((4, 2)), 1.0, np.zeros(3, bool)), "4"),
-        (lambda: draw.wheel_legend(2), "size is 2"),
-        (lambda: draw.enlarge(np.zeros((2, 2), np.uint8), 0), "factor is 0"),
-        (lambda: draw.arrows(np.zeros((8, 8, 3), np.uint8), np.zeros((*GRID, 2)), ENCODED, gain=0), "gain is 0"),
         (lambda: draw.arrows(np.zeros((8, 8), np.uint8), np.zeros((*GRID, 2)), ENCODED), r"\(8, 8\)"),
         (lambda: draw.arrows(np.zeros((8, 8, 3), np.uint8), np.zeros((16, 21, 2)), ENCODED), "16, 22"),
     ],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 
@@ -358,6 +361,19 @@ def test_a_decoder_that_does_not_start_stops_the_run(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Codec, "command", (sys.executable, "-c", "raise SystemExit('library not found')"))
     with pytest.raises(RuntimeError, match=r"does not start: .* status 1: library not found"):
         make_shards(tmp_path, tmp_path, ["a.mp4"], settings=TINY)
+
+
+def test_a_process_with_a_thousand_open_files_has_decoders_too(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", FRAMES[:2])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
+    try:
+        with ExitStack() as held:
+            for _ in range(1024):
+                held.enter_context(open(os.devnull))
+            assert make_shards(tmp_path, tmp_path, ["a.mp4"], settings=TINY).failed == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_reasons_name_no_place_and_no_address() -> None:

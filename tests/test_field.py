@@ -183,6 +183,18 @@ def test_sound_that_goes_on_after_the_picture_is_no_loss(end: str, tmp_path: Pat
     assert (len(stored.frames), stored.errors) == (100, 0)
 
 
+@pytest.mark.parametrize("end", ["mkv", "flv"])
+def test_a_picture_that_begins_after_the_sound_is_no_loss(end: str, tmp_path: Path) -> None:
+    codec_name, options, _ = CONTAINERS[f"a.{end}"]
+    late = write(tmp_path / f"a.{end}", codec_name=codec_name, options=options, times=lambda t: t + 4 * SECOND, sound=8)
+    stored = convert(late)
+    assert (len(stored.frames), stored.errors) == (100, 0)
+    data = late.read_bytes()
+    (tmp_path / f"cut.{end}").write_bytes(data[: len(data) * 60 // 100])
+    with pytest.raises(ValueError, match="declared frames decode"):
+        convert(tmp_path / f"cut.{end}")
+
+
 def test_a_hole_is_refused(tmp_path: Path) -> None:
     mark = b"\x1f\x43\xb6\x75"  # that a cluster begins with, here of five frames
     clusters = write(tmp_path / "a.mkv", gop=5, muxer={"cluster_time_limit": "200"}).read_bytes().split(mark)

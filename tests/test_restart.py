@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import make_shards, panned, write_video
 
-from preprocess import __main__, pipeline, summary
+from preprocess import __main__, check, outlook, pipeline, summary
 from preprocess.codec import Codec
 from preprocess.manifest import Manifest
 from preprocess.schema import Settings, shard_paths
@@ -345,9 +345,11 @@ def test_a_shard_that_another_job_replaces_at_this_moment_is_no_error(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is listed, and gone when it is looked at."""
-    for module in pipeline, summary:
+    for module in pipeline, summary, outlook, check:
         monkeypatch.setattr(module, "shard_paths", lambda out: [*shard_paths(out), out / "shard-00009.h5"])
     arguments = (pair / "manifest.csv", pair / "videos", pair / "shards", TINY)
+    assert pipeline.run(*arguments, videos_per_shard=1, retry_failed=True, dry_run=True) is None
+    assert "videos    1," in check.describe(pair / "shards")
     done = pipeline.run(*arguments, videos_per_shard=1)
     assert done and [f.path for f in done.failures] == ["b.mp4"]
 

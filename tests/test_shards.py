@@ -19,9 +19,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess import check
+from preprocess import check, shards
 from preprocess.schema import INTRA, Failure, Origin, Settings
-from preprocess.shards import Shard, ShardSet
+from preprocess.shards import Shard, ShardSet, open_shard
 from preprocess.writer import Spool, Video, write_shard
 
 TINY = Settings(width=64, height=34, frame_width=32, frame_height=16)  # a grid of 3 x 4, which overhangs the height
@@ -366,6 +366,26 @@ def test_a_set_in_use_reads_the_same_in_other_processes(method: str, three: list
     expected = read_everything(shards)
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(read_everything, [shards, shards]) == [expected, expected]
+
+
+def test_a_shard_that_was_replaced_is_not_read_as_what_it_was(tmp_path: Path) -> None:
+    write(tmp_path / "before", [5, 3], [("gone.avi", "gone")])
+    write(tmp_path / "after", [5, 3, 4])
+    place = tmp_path / "before/shard-00000.h5"
+    shards = pickle.loads(pickle.dumps(ShardSet(tmp_path / "before")))  # as a worker gets it, which maps it anew
+    (tmp_path / "after/shard-00000.h5").replace(place)
+    with pytest.raises(FileNotFoundError, match="was replaced since it was opened"):
+        read_everything(shards)
+
+
+def test_what_is_opened_to_be_read_later_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = write(tmp_path / "before", [5, 3], [("gone.avi", "gone")])
+    after = write(tmp_path / "after", [5, 3, 4])
+    opened, read = open_shard(before.path), shards._map
+    monkeypatch.setattr(shards, "_map", lambda path: read(after.path.replace(path)))  # between opening and mapping it
+    assert open_shard(before.path) is None
+    assert opened is not None
+    assert_holds(opened, before)
 
 
 def test_pickling_carries_no_data(tmp_path: Path) -> None:
