@@ -66,7 +66,7 @@ def main() -> int:
     if (options.shards is None) != (options.manifest is None):
         parser.error("--shards and --manifest belong together")
     deadline = time.monotonic() + 60 * options.minutes
-    device = torch.device(choose_device("auto"))
+    device = choose_device("auto")
     stored = options.out / "measurements.json"
     record = resumed(stored, machine(device))
     with tempfile.TemporaryDirectory(prefix="context-motion-") as folder:

@@ -79,8 +79,9 @@ def test_memory_is_as_estimated(recompute: bool) -> None:
 
 @pytest.mark.parametrize("changes", [{"precision": "float32"}, {"recompute": True}])
 def test_a_run(tiny: Tiny, undisturbed: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Begins as on the CPU but for what dropout draws, in bfloat16 too; a finished one is left as it is."""
+    """Begins as on the CPU, in bfloat16 too, but for the motion loss, of a tenth of which what dropout draws decides; a
+    finished one is left as it is."""
     runtime = replace(RUNTIME, device="cuda", loader_workers=1, **changes)
     last = start(tiny, tmp_path, runtime=runtime)
     assert last["step"] == 18 and start(tiny, tmp_path, runtime=runtime) == last
-    assert lines(tmp_path)[0]["loss"] == pytest.approx(lines(undisturbed)[0]["loss"], rel=0.05)
+    assert lines(tmp_path)[0]["context_loss"] == pytest.approx(lines(undisturbed)[0]["context_loss"], rel=0.01)

@@ -78,7 +78,7 @@ def train(
     Raises ValueError where `out` holds another run, FloatingPointError naming the step where the loss is not
     finite (the last good checkpoint stays), OSError where saving fails (likewise), Terminated after SIGTERM.
     """
-    device = distributed.start(torch.device(choose_device(runtime.device)))
+    device = distributed.start(choose_device(runtime.device))
     runtime = replace(runtime, precision=choose_precision(runtime.precision, device))
     rank, ranks = distributed.rank(), distributed.world_size()
     main = rank == 0

@@ -120,7 +120,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         if heads < 1 or width % heads:
-            raise ValueError(f"width {width} cannot be split into {heads} heads: choose heads that divide it")
+            raise ValueError(f"width {width} cannot be split into {heads} heads: choose a multiple of {heads}")
         self.heads = heads
         self.dropout = dropout
         self.query = nn.Linear(width, width)
