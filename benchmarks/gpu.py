@@ -46,7 +46,6 @@ from train.config import Config
 from train.data import PretrainSet
 from train.device import choose_device
 from train.model import build_model
-from train.networks.predictor import Attention
 from train.runs import git_commit
 from train.tasks import PretrainingTask
 
@@ -66,7 +65,7 @@ def main() -> int:
     if (options.shards is None) != (options.manifest is None):
         parser.error("--shards and --manifest belong together")
     deadline = time.monotonic() + 60 * options.minutes
-    device = torch.device(choose_device("auto"))
+    device = choose_device("auto")
     stored = options.out / "measurements.json"
     record = resumed(stored, machine(device))
     with tempfile.TemporaryDirectory(prefix="context-motion-") as folder:
@@ -184,8 +183,6 @@ def agreement(config: Config, shards: ShardSet, device: torch.device) -> dict[st
         for part in model.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
-            elif isinstance(part, Attention):
-                part.dropout = 0.0
         loss, _ = task.loss(model, tuple(x if x is None else x.to(where, dtype) for x in inputs), batch)  # type: ignore[arg-type]
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -133,6 +133,13 @@ def test_weights_and_optimisers_that_do_not_fit_are_refused(saved: Path) -> None
         checkpoint.load_optimiser(other, values, saved)
 
 
+def test_an_optimiser_goes_on_by_the_kernels_of_its_own_device(saved: Path) -> None:
+    """A GPU's are fused; a run may begin on a CPU, and end on a GPU."""
+    fused = torch.optim.SGD(nn.Linear(4, 2).parameters(), 0.1, momentum=0.9, fused=True)
+    checkpoint.load_optimiser(fused, checkpoint.load(saved), saved)
+    assert [group["fused"] for group in fused.param_groups] == [True]
+
+
 def test_a_failed_write_leaves_the_checkpoint_before(saved: Path) -> None:
     before = saved.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

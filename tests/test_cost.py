@@ -104,8 +104,9 @@ def test_the_peak_of_a_gpu_goes_by_its_name_and_the_precision(monkeypatch: pytes
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         for precision, peak in (("bfloat16", bfloat16), ("float32", tf32)):
             assert cost.seconds_at_peak(config, device, precision) == pytest.approx(c3d_by_hand() / peak)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    assert cost.seconds_at_peak(config, device, "float32") is None
+    for name in ("Tesla T4", "NVIDIA RTX A1000 Laptop GPU"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert cost.seconds_at_peak(config, device, "float32") is None
     assert cost.seconds_at_peak(config, torch.device("cpu"), "float32") is None
 
 

@@ -10,9 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.device import ToDevice, choose_precision, make_fast
+from train.device import ToDevice, choose_device, choose_precision, make_fast
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_a_device_is_there_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for has, chosen in ((False, CPU), (True, GPU)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has=has: has)
+        assert choose_device("auto") == chosen and choose_device("cpu") == CPU
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="device is 'cuda:2', and 2 GPUs are visible, counted from 0"):
+        choose_device("cuda:2")
+    for name in ("gpu", "meta", "mps"):
+        with pytest.raises(ValueError, match=f"no device {name!r}: choose auto, cpu, cuda or cuda:1"):
+            choose_device(name)
 
 
 def test_bfloat16_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +128,7 @@ def test_on_a_cpu_a_batch_is_where_it_is() -> None:
     assert ToDevice(CPU)(batch) is batch
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 def test_what_arrives_on_a_gpu_is_what_was_sent() -> None:
     to_device, sums = ToDevice(GPU), []
     for number in range(8):

@@ -47,6 +47,8 @@ def test_others_get_the_network_of_the_run_bit_for_bit(
     clip = torch.rand(2, 3, about["frames"], about["size"], about["size"])
     mean, std = (torch.tensor(about[k]).view(1, 3, 1, 1, 1) for k in ("mean", "std"))
     plain, _ = load_backbone(out, layer="layer4")
+    with pytest.raises(ValueError, match="layer is 'Shared'; choose one of shared, layer4"):
+        load_backbone(out, layer="Shared")  # type: ignore[arg-type]
     with torch.no_grad():
         layer4, shared = run.model.video.eval().forward_both(augment.normalise(clip))
         assert layer4.shape != shared.shape

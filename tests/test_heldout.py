@@ -157,6 +157,18 @@ def test_what_is_looked_at(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
         short = apart(tiny, test, config=tiny_config(epochs=epochs))
         assert short is not None and (short.queries, short.every) == (queries, every)
     assert "6 held-out videos are looked at every 3 epochs and at the end, beside 6 training videos" in str(large)
-    object.__setattr__(found.clips, "label", np.full(8, -1))
+    found.clips.label = np.full(8, -1)
     looked = found.measure(build_model(tiny_config(), 4), RUNTIME, torch.device("cpu"))
     assert list(looked) == ["heldout_context_accuracy", "heldout_motion_accuracy"]
+
+
+def test_neighbours_are_told_apart_in_float32(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 all cosines above 0.998 are 1."""
+    monkeypatch.setattr(heldout, "VIDEOS", 4)
+    found = apart(tiny, Manifest.read(tiny[1]).subset("test"), watch_epochs=1)
+    assert found is not None
+    angles = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.04, 0.03, 0.02, 0.01])  # four queries, then four candidates
+    monkeypatch.setattr(heldout, "pooled", lambda _: torch.stack((angles.cos(), angles.sin()), 1))
+    found.clips.label = np.array([1, 1, 1, 1, 0, 0, 0, 1])
+    looked = found.measure(build_model(tiny_config(), 4), replace(RUNTIME, precision="bfloat16"), torch.device("cpu"))
+    assert looked["heldout_recall"] == 1

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from train.config import Networks
+from train.draws import Sampling
+from train.model import build_model
 from train.networks import build_predictor, build_video_network
 from train.networks.c3d import C3D
 from train.networks.heads import MLPHead
@@ -43,11 +47,9 @@ def wake(network: Network) -> Network:
     return network
 
 
-def small_transformer(**changes: float) -> TransformerPredictor:
+def small_transformer() -> TransformerPredictor:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"width": 8, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "feed_forward": 12}
-    sizes = sizes | {"dropout": 0.0} | changes
-    network = TransformerPredictor(5, 3, (2, 2, 3), (2, 1, 2), **sizes).double()
+    network = TransformerPredictor(5, 3, (2, 2, 3), (2, 1, 2), width=16).double()
     for parameter in network.parameters():  # biases and norms away from zeros and ones
         parameter.data += 0.3 * torch.randn_like(parameter)
     return network
@@ -315,7 +317,12 @@ def test_convolutions_start_at_he_fan_out_and_residual_branches_at_zero(build: C
         (lambda: r3d10(width=2).forward_pretrain(torch.empty(1, 3, 12, 64, 64)), r"12 frames leave 3 in layer 3"),
         (lambda: r2d10(width=2).forward_pretrain(torch.empty(1, 3, 16, 64, 64)), r"2d network.*use forward"),
         (lambda: C3D(width=2)(torch.empty(1, 3, 16, 15, 64)), r"16x15x64 is below 8x16x16"),
-        (lambda: Attention(8, 3, 0.0), r"width 8 cannot be split into 3 heads"),
+        (lambda: Attention(12), r"predictor_width is 12; choose a multiple of 8"),
+        (lambda: build_model(tiny_config("small-context", sampling=Sampling(frames=12)), 1), r"12 frames leave 3"),
+        (
+            lambda: build_model(tiny_config("small-scratch", networks=Networks("c3d"), sampling=Sampling(frames=4)), 1),
+            r"4x32x32 is below 8x16x16",
+        ),
         (lambda: small_transformer()(torch.zeros(1, 5, 2, 3, 2)), r"built for a map of \(2, 2, 3\).*\(2, 3, 2\)"),
         (
             lambda: ConvGRUPredictor(5, 4, (2, 2, 3), (1, 2, 3), width=4)(torch.zeros(1, 5, 1, 2, 3)),

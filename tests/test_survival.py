@@ -241,7 +241,7 @@ def _worker(ready: Any) -> None:
 
 
 def test_a_worker_ends_with_its_parents_signal_alone() -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # of whose processes the starter is no parent to the system
     ready = context.Event()
     worker = context.Process(target=_worker, args=(ready,), daemon=True)
     worker.start()

@@ -187,15 +187,16 @@ def test_it_saves_by_the_clock_and_where_an_epoch_is_kept(
         minutes += 1
         return update(*arguments)
 
-    def save(*arguments: Any) -> None:
-        saved.append(arguments[4])
+    def save(path: Path, state: dict[str, Any]) -> None:
+        saved.append((path.stem, state["step"]))
 
     monkeypatch.setattr(loop, "update", step)
-    monkeypatch.setattr(loop, "save", save)
+    monkeypatch.setattr(checkpoint, "save", save)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 60 * minutes))
     monkeypatch.setattr(cost, "seconds_at_peak", lambda *_: 3.0)  # a clip, as on a GPU that it knows
     line = start(tiny, tmp_path, runtime=replace(RUNTIME, checkpoint_minutes=3, keep_epochs=(1,)))
-    assert saved == [4, 6, 10, 14, 18]
+    assert saved[:3] == [("checkpoint", 4), ("epoch-0001", 6), ("checkpoint", 6)]
+    assert saved[3:] == [("checkpoint", step) for step in (10, 14, 18)]
     assert line["clips_per_second"] == pytest.approx(2 / 60) and line["mfu"] == pytest.approx(0.1)
 
 

@@ -133,12 +133,12 @@ def photometric(clip: Tensor, params: Tensor, taps: int = 13) -> Tensor:
     fixed: blur, brightness, contrast (about the clip's mean luma), saturation, hue, grey. A sample for which an
     operation was not drawn keeps its pixels through it, bit for bit.
 
-    With params on the CPU only the drawn samples are computed, which halves the work; a device that holds them, and
-    compiled code, compute all samples and select, since asking which were drawn would wait for the device.
+    On a CPU only the drawn samples are computed, which halves the work; other devices, and compiled code, compute all
+    samples and select, since asking which were drawn would wait for the device.
     """
     sigma, brightness, contrast, saturation, hue, grey = params.unbind(1)
     jittered = (brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0)
-    asking = params.device.type == "cpu" and not torch.compiler.is_compiling()
+    asking = clip.device.type == "cpu" and not torch.compiler.is_compiling()
     where = _only_drawn if asking else _all_then_select
     clip = where(sigma > 0, clip, lambda x, s: _blur(x, s, taps), sigma)
     clip = where(jittered, clip, _jitter, brightness, contrast, saturation, hue)
@@ -165,13 +165,11 @@ def _all_then_select(drawn: Tensor, clip: Tensor, operation: Callable[..., Tenso
 
 
 def _only_drawn(drawn: Tensor, clip: Tensor, operation: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """operation(clip, *arguments) where drawn (B,), computed for those samples; drawn and arguments on the CPU."""
+    """operation(clip, *arguments) where drawn (B,), computed for those samples."""
     rows = drawn.nonzero().flatten()
     if not len(rows):
         return clip
-    there = rows.to(clip.device, non_blocking=True)
-    chosen = [a[rows].to(clip.device, non_blocking=True) for a in arguments]
-    return clip.index_copy(0, there, operation(clip[there], *chosen))
+    return clip.index_copy(0, rows, operation(clip[rows], *(a[rows] for a in arguments)))
 
 
 def _blur(clip: Tensor, sigma: Tensor, taps: int) -> Tensor:

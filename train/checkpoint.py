@@ -92,6 +92,8 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any], path
     if "optimiser" not in state:
         raise ValueError(f"{path} holds weights alone, from which no run goes on; restore the run's own checkpoint")
     try:
+        for group in state["optimiser"]["param_groups"]:
+            group["fused"] = optimiser.defaults["fused"]  # of this device, whichever it was saved on
         optimiser.load_state_dict(state["optimiser"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} holds another optimiser's state: {error}") from error

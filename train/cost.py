@@ -6,6 +6,7 @@ normalisation, augmentation and the optimiser, a few per cent, do not.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -63,7 +64,7 @@ def seconds_at_peak(config: Config, device: torch.device, precision: str) -> flo
     """Seconds a clip that a GPU takes at its peak in a precision, where float32 is TF32 (train.device); None for a CPU
     and for GPUs that `PEAKS` does not have. Times clips a second it is the model FLOP utilisation."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((both for part, both in PEAKS.items() if part in name), None)
+    peak = next((both for part, both in PEAKS.items() if re.search(rf"{part}(?!\d)", name)), None)  # not an A1000
     return flops_per_clip(config) / peak[precision == "float32"] if peak else None
 
 

@@ -23,22 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from preprocess.command import at_least
 from preprocess.shards import Shard, ShardSet, expect
+from train import draws
 from train.config import Config
-from train.draws import (
-    Motion,
-    Sampling,
-    at_least,
-    clip_starts,
-    draw_box,
-    draw_clip,
-    draw_iframe,
-    draw_negatives,
-    draw_photometric,
-    largest_stride,
-    nearest,
-    one_of,
-)
+from train.draws import Motion, Sampling, one_of
 
 if TYPE_CHECKING:
     from preprocess.manifest import Manifest
@@ -157,13 +146,13 @@ class TrainingSet(Dataset[Sample], ABC):
         near, windows = [], []
         if self.with_iframe:
             last = start + s.span(stride) - 1
-            near = [first_iframe + draw_iframe(rng, iframes, start, last, s.iframe_reach)]
+            near = [first_iframe + draws.draw_iframe(rng, iframes, start, last, s.iframe_reach)]
         sample: Sample = {"index": int(index), "label": int(self.label[index])} | self._view(rng, "clip")
         if self.with_iframe:
             sample |= self._view(rng, "iframe")
         if self.with_motion:
             if window is not None:
-                windows = [window, *draw_negatives(rng, frames, window, s)]
+                windows = [window, *draws.draw_negatives(rng, frames, window, s)]
             elif frames >= s.motion_frames:  # for the statistics of batch norm, of which zeros are no sample
                 windows = [frames - s.motion_frames] * (1 + s.negatives)
             boxes = [sample["clip_box"], *(self._box(rng) for _ in range(s.negatives))]
@@ -189,11 +178,11 @@ class TrainingSet(Dataset[Sample], ABC):
         return {
             f"{of}_box": self._box(rng),
             f"{of}_flip": bool(rng.random() < self.cropping.flip),
-            f"{of}_photo": draw_photometric(rng, self.photometric),
+            f"{of}_photo": draws.draw_photometric(rng, self.photometric),
         }
 
     def _box(self, rng: np.random.Generator) -> np.ndarray:
-        return draw_box(rng, self.cropping, self.shards.settings.width, self.shards.settings.height)
+        return draws.draw_box(rng, self.cropping, self.shards.settings.width, self.shards.settings.height)
 
 
 class PretrainSet(TrainingSet):
@@ -207,7 +196,9 @@ class PretrainSet(TrainingSet):
         self, shards: ShardSet, manifest: Manifest | None, config: Config, unread: Modality | None = None
     ) -> None:
         super().__init__(shards, manifest, config, with_iframe=True, with_motion=True, unread=unread)
-        serves = np.array([largest_stride(f, self.sampling) > 0 for f in shards.frames[self.video].tolist()], bool)
+        serves = np.array(
+            [draws.largest_stride(f, self.sampling) > 0 for f in shards.frames[self.video].tolist()], bool
+        )
         if not serves.any():
             raise ValueError(
                 f"none of {len(self)} videos has the {self.sampling.needed(1)} frames that a clip at stride 1 and its "
@@ -217,7 +208,7 @@ class PretrainSet(TrainingSet):
         self.video, self.label = self.video[serves], self.label[serves]
 
     def _clip(self, rng: np.random.Generator, frames: int) -> tuple[int, int, int | None]:
-        return draw_clip(rng, frames, self.sampling)
+        return draws.draw_clip(rng, frames, self.sampling)
 
 
 class FinetuneSet(TrainingSet):
@@ -281,7 +272,7 @@ class ClipSet(Dataset[Sample]):
         s = self.sampling
         shard, first, frames, iframes, first_iframe = extent(self.shards, int(self.video[index]))
         span = s.span(s.stride)
-        starts = clip_starts(frames, span, self.clips)
+        starts = draws.clip_starts(frames, span, self.clips)
         sample: Sample = {"index": int(index), "label": int(self.label[index])}
         if self.modality == "video":
             numbers = (starts[:, None] + s.stride * np.arange(s.frames)) % frames  # (C, T)
@@ -289,7 +280,7 @@ class ClipSet(Dataset[Sample]):
             decoded = decode_frames(shard, first + numbers.ravel())
             return sample | {"clips": decoded.reshape(*numbers.shape, *decoded.shape[1:])}
         if self.modality == "iframe":
-            chosen = [nearest(iframes, centre) for centre in ((starts + span // 2) % frames).tolist()]
+            chosen = [draws.nearest(iframes, centre) for centre in ((starts + span // 2) % frames).tolist()]
             return sample | {"iframes": decode_iframes(shard, first_iframe + np.array(chosen))}
         windows = starts[:, None] + (span - s.motion_frames) // 2 + np.arange(s.motion_frames)  # (C, W)
         return sample | {"motion": _maps(shard, s, first + windows % frames)}

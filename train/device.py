@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from typing import Literal
 
@@ -10,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 
-def choose_device(name: str) -> str:
+def choose_device(name: str) -> torch.device:
     """A device that is there, of a --device; ValueError for any other."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ValueError(f"there is no device {name!r}: choose auto, cpu, cuda or cuda:1") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"there is no device {name!r}: choose auto, cpu, cuda or cuda:1")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"torch sees no GPU here, and the device is {name!r}: choose cpu or auto")
-    return name
+    if device.index and device.index >= torch.cuda.device_count():
+        raise ValueError(f"the device is {name!r}, and {torch.cuda.device_count()} GPUs are visible, counted from 0")
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> Literal["float32", "bfloat16"]:

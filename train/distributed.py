@@ -49,8 +49,6 @@ def start(device: torch.device, init_method: str = "env://") -> torch.device:
                 "its own"
             )
         local = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-        if device.index is not None and local >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: {torch.cuda.device_count()} GPUs are visible, counted from 0")
         if local >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local} of this machine needs GPU {local}, but {torch.cuda.device_count()} are visible; "

@@ -34,6 +34,7 @@ from preprocess.files import replacing, write_text
 from train import checkpoint, runs
 from train.augment import IMAGENET_MEAN, IMAGENET_STD
 from train.card import card
+from train.draws import one_of
 from train.networks import build_video_network
 from train.readout import SharedMap
 from train.trained import Run
@@ -105,6 +106,7 @@ def load_backbone(
     network, as it was loaded before. Raises ValueError saying why it is refused: missing, damaged, written by others,
     of another version.
     """
+    one_of("layer", layer, ("shared", "layer4"))
     if (folder := Path(source)).is_dir():
         paths = [folder / name for name in (WEIGHTS, CONFIG)]
     else:

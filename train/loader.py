@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from types import TracebackType
 from typing import Any
 
@@ -41,10 +42,11 @@ def heed_only_parent(_: int) -> None:
     """For a loader's worker: Ctrl-C, and schedulers that stop a job, signal every process of it. The training process
     alone decides when to end; its own SIGTERM ends its workers, anybody else's does not."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+    starter = parent_process()
+    assert starter is not None
 
     def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != starter.pid:
             pass
         os._exit(0)
 

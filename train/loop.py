@@ -78,7 +78,7 @@ def train(
     Raises ValueError where `out` holds another run, FloatingPointError naming the step where the loss is not
     finite (the last good checkpoint stays), OSError where saving fails (likewise), Terminated after SIGTERM.
     """
-    device = distributed.start(torch.device(choose_device(runtime.device)))
+    device = distributed.start(choose_device(runtime.device))
     runtime = replace(runtime, precision=choose_precision(runtime.precision, device))
     rank, ranks = distributed.rank(), distributed.world_size()
     main = rank == 0
@@ -173,7 +173,11 @@ def train(
             if due or kept or terminated or step == total:
                 checkpoint.check_finite(model, step)
                 if main:
-                    save(out, config, model, optimiser, step, step / sampler.steps, pending, kept)
+                    state = {"config": config.to_json(), "step": step, "epoch": step / sampler.steps}
+                    state |= {"pending": pending, "model": model.state_dict()}
+                    if kept:  # first: once checkpoint.pt is there, this epoch is not done again
+                        checkpoint.save(out / f"epoch-{step // sampler.steps:04d}.pt", state)
+                    checkpoint.save(out / "checkpoint.pt", state | {"optimiser": optimiser.state_dict()})
                 saved = time.monotonic()
             if terminated and step < total:
                 raise Terminated(f"saved at step {step} of {total}; the same command goes on from there")
@@ -236,23 +240,6 @@ def resume(
     if len(set(steps)) > 1:
         raise ValueError(f"{saved} is of the steps {steps} as processes see it: --out must be a folder that all share")
     return steps[0], pending
-
-
-def save(
-    out: Path,
-    config: Config,
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    step: int,
-    epoch: float,
-    pending: list[dict[str, Tensor]],
-    kept: bool,
-) -> None:
-    """Write checkpoint.pt; where `kept`, the weights of this epoch for good as well."""
-    state = {"config": config.to_json(), "step": step, "epoch": epoch, "pending": pending, "model": model.state_dict()}
-    if kept:  # first: once checkpoint.pt is there, this epoch is not done again
-        checkpoint.save(out / f"epoch-{round(epoch):04d}.pt", state)
-    checkpoint.save(out / "checkpoint.pt", state | {"optimiser": optimiser.state_dict()})
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

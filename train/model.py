@@ -57,6 +57,15 @@ class MotionScale(nn.Module):
         return ((each > self.edges).sum(-1) + (each >= self.edges).sum(-1)) // 2
 
 
+def video_network(config: Config) -> VideoNetwork:
+    """The V-Network of a configuration; ValueError where it cannot take the clips."""
+    n = config.networks
+    network = build_video_network(n.backbone, n.width, n.upsampling)
+    grid = network.grid if isinstance(config, Finetuning) else network.pretrain_grid
+    grid(config.sampling.frames, config.size, config.size)
+    return network
+
+
 class MotionPrediction(nn.Module):
     """The lower half of figure 2: M-Network, predictor and heads; for table 1's other losses the predictor alone."""
 
@@ -112,7 +121,7 @@ class PretrainingModel(nn.Module):
     def __init__(self, config: Pretraining) -> None:
         super().__init__()
         n, o = config.networks, config.objective
-        self.video = build_video_network(n.backbone, n.width, upsampling=n.upsampling)
+        self.video = video_network(config)
         if o.alpha < 1:
             self.iframe = r2d10(width=n.iframe_width)
             self.clip_head = MLPHead(self.video.channels, n.head_hidden, n.head_out)
@@ -141,8 +150,8 @@ class ComparisonModel(nn.Module):
 
     def __init__(self, config: Comparison) -> None:
         super().__init__()
-        n, peer = config.networks, make_peer(config)
-        self.video = build_video_network(n.backbone, n.width, upsampling=n.upsampling)
+        peer = make_peer(config)
+        self.video = video_network(config)
         self.head, self.clips = peer.head(self.video.channels), peer.clips
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -156,8 +165,8 @@ class FinetuningModel(nn.Module):
 
     def __init__(self, config: Finetuning, classes: int) -> None:
         super().__init__()
-        n, s = config.networks, config.supervision
-        self.video = build_video_network(n.backbone, n.width, upsampling=n.upsampling)
+        s = config.supervision
+        self.video = video_network(config)
         self.dropout = nn.Dropout(s.dropout)
         self.classifier = nn.Linear(self.video.channels, classes)
         if s.motion_weight > 0:

@@ -209,8 +209,6 @@ def classification(scores: Tensor, target: Tensor) -> Loss:
 
 def joint(context_loss: Tensor, motion_loss: Tensor, alpha: float, scale: float) -> Tensor:
     """Equation (3) times `scale`: scale · ((1 − α)·J_I + α·J_M), with α within [0, 1]."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it weighs motion against context and must lie within [0, 1]")
     return scale * ((1 - alpha) * context_loss + alpha * motion_loss)
 
 

@@ -46,8 +46,7 @@ def build_predictor(
     width: int = 512,
     queries: Literal["normal", "zeros"] = "normal",
 ) -> Predictor:
-    """The predictor called `name`, with its defaults for everything else; ValueError lists the names there are. A
-    ConvGRU has no queries."""
+    """The predictor called `name`; ValueError lists the names there are. A ConvGRU has no queries."""
     if name not in PREDICTORS:
         raise ValueError(f"no predictor is called {name!r}; there are {', '.join(PREDICTORS)}")
     options = {"queries": queries} if name == "transformer" else {}

@@ -40,10 +40,6 @@ class C3D(nn.Module):
         x = F.max_pool3d(self.conv4b(self.conv4a(x)), 2)  # (B, 8w, T/8, H/16, W/16)
         return self.conv5b(self.conv5a(x))  # (B, 8w, T/8, H/16, W/16)
 
-    def forward_pretrain(self, x: Tensor) -> Tensor:
-        """The map that both pretraining tasks share: here the plain one."""
-        return self(x)
-
     def forward_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` and `forward_pretrain` return, in one pass."""
         maps = self(x)
@@ -55,9 +51,8 @@ class C3D(nn.Module):
             raise ValueError(f"C3D halves time 3 times and space 4 times: {frames}x{height}x{width} is below 8x16x16")
         return frames // 8, height // 16, width // 16
 
-    def pretrain_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T1, H1, W1) of the map that `forward_pretrain` returns for such a clip."""
-        return self.grid(frames, height, width)
+    forward_pretrain, pretrain_grid = forward, grid
+    """Of the map that both pretraining tasks share: here the plain one."""
 
 
 def _unit(in_channels: int, out_channels: int) -> nn.Sequential:

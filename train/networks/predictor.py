@@ -19,6 +19,10 @@ from train.networks.heads import flatten_points
 
 Grid = tuple[int, int, int]
 
+# The paper's sections 3.3 and 4.1; heads and dropout are those of Vaswani et al.
+ENCODER_LAYERS, DECODER_LAYERS, FEED_FORWARD = 2, 4, 512
+HEADS, DROPOUT = 8, 0.1
+
 
 class TransformerPredictor(nn.Module):
     """Encoder over the clip's tokens, decoder over learned queries, one a point of the motion map.
@@ -38,11 +42,6 @@ class TransformerPredictor(nn.Module):
         out_grid: Grid,
         *,
         width: int = 512,
-        heads: int = 8,
-        encoder_layers: int = 2,
-        decoder_layers: int = 4,
-        feed_forward: int = 512,
-        dropout: float = 0.1,
         queries: Literal["normal", "zeros"] = "normal",
     ) -> None:
         super().__init__()
@@ -53,8 +52,8 @@ class TransformerPredictor(nn.Module):
         self.in_positions = nn.Parameter(drawn(prod(in_grid), width))
         self.out_positions = nn.Parameter(drawn(prod(out_grid), width))
         self.queries = nn.Parameter(first(prod(out_grid), width))
-        self.encoder = nn.ModuleList(EncoderLayer(width, heads, feed_forward, dropout) for _ in range(encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(width, heads, feed_forward, dropout) for _ in range(decoder_layers))
+        self.encoder = nn.ModuleList(EncoderLayer(width) for _ in range(ENCODER_LAYERS))
+        self.decoder = nn.ModuleList(DecoderLayer(width) for _ in range(DECODER_LAYERS))
         self.linear_out = nn.Identity() if width == out_channels else nn.Linear(width, out_channels)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -77,13 +76,13 @@ class TransformerPredictor(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention, then the feed-forward part, each added to its input and normalised."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, dropout: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention = Attention(width, heads, dropout)
+        self.attention = Attention(width)
         self.norm1 = nn.LayerNorm(width)
-        self.feed_forward = _feed_forward(width, feed_forward, dropout)
+        self.feed_forward = _feed_forward(width)
         self.norm2 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(DROPOUT)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """(B, N1, D), positions (N1, D) -> (B, N1, D)"""
@@ -95,15 +94,15 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention, attention to the encoder's memory, then the feed-forward part, each added and normalised."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, dropout: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.self_attention = Attention(width, heads, dropout)
+        self.self_attention = Attention(width)
         self.norm1 = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, heads, dropout)
+        self.cross_attention = Attention(width)
         self.norm2 = nn.LayerNorm(width)
-        self.feed_forward = _feed_forward(width, feed_forward, dropout)
+        self.feed_forward = _feed_forward(width)
         self.norm3 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(DROPOUT)
 
     def forward(self, x: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor) -> Tensor:
         """(B, N3, D), positions (N3, D), memory (B, N1, D), its positions (N1, D) -> (B, N3, D)"""
@@ -117,12 +116,11 @@ class DecoderLayer(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention. Keys carry no bias: it would add the same to all logits of a query, so softmax drops it."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"width {width} cannot be split into {heads} heads: choose heads that divide it")
-        self.heads = heads
-        self.dropout = dropout
+        if width % HEADS:
+            raise ValueError(f"predictor_width is {width}; choose a multiple of {HEADS}, one part a head")
+        self.dropout = nn.Dropout(DROPOUT)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
@@ -130,10 +128,10 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, Q, D), (B, K, D), (B, K, D) -> (B, Q, D)"""
-        q = self.query(query).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, A, Q, D/A)
-        k = self.key(key).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, A, K, D/A)
-        v = self.value(value).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, A, K, D/A)
-        dropout = self.dropout if self.training else 0.0
+        q = self.query(query).unflatten(2, (HEADS, -1)).transpose(1, 2)  # (B, A, Q, D/A)
+        k = self.key(key).unflatten(2, (HEADS, -1)).transpose(1, 2)  # (B, A, K, D/A)
+        v = self.value(value).unflatten(2, (HEADS, -1)).transpose(1, 2)  # (B, A, K, D/A)
+        dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, A, Q, D/A)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, Q, D)
 
@@ -201,8 +199,9 @@ class ConvGRUCell(nn.Module):
         return (1 - update) * state + update * candidate  # (B, D, H1, W1)
 
 
-def _feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(hidden, width))
+def _feed_forward(width: int) -> nn.Sequential:
+    first, last = nn.Linear(width, FEED_FORWARD), nn.Linear(FEED_FORWARD, width)
+    return nn.Sequential(first, nn.ReLU(inplace=True), nn.Dropout(DROPOUT), last)
 
 
 def _check_grid(x: Tensor, grid: Grid) -> None:

@@ -111,7 +111,7 @@ class ResNet(nn.Module):
         if layer3_frames % 2:
             raise ValueError(
                 f"{frames} frames leave {layer3_frames} in layer 3, but even and odd frames are stacked in pairs: "
-                "give a multiple of 8 frames, or use forward"
+                "choose a multiple of 8 frames"
             )
         space = 8 * self.stem_stride
         return layer3_frames // 2, -(-height // space), -(-width // space)
