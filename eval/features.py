@@ -142,7 +142,7 @@ def over_clips(
     Every view of the decoded clips passes through the module, so that a video is decoded once. Raises ValueError where
     an average is not finite: neighbours and classes would be found among such numbers too, and mean nothing.
     """
-    where = torch.device(choose_device(machine.device))
+    where = choose_device(machine.device)
     keep_freed_memory()
     module.to(where).eval()
     channels_last(module)

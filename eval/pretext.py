@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 from eval.features import AUTO, Machine, Run
@@ -65,7 +64,7 @@ def measure(run: Run, data: Data, machine: Machine = AUTO) -> Pretext:
     """
     if isinstance(run.config, Finetuning):
         raise ValueError(f"{run.folder} was trained with labels: pretext tasks are those of a pretraining run")
-    where = torch.device(choose_device(machine.device))
+    where = choose_device(machine.device)
     task = make_task(run.config, data.shards, data.manifest.subset("test"))
     o = run.config.objective if isinstance(run.config, Pretraining) else None
     if o and (o.alpha, o.motion_loss) == (1, "mse"):
