@@ -280,7 +280,7 @@ class Runtime:
     """From one checkpoint to the next, at a line of metrics; one is also saved where an epoch's weights are kept, at
     the end, and at SIGTERM."""
     keep_epochs: tuple[int, ...] = ()
-    """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50 120)."""
+    """Epochs after which the weights are kept for good (table 7 needs 1 5 10 20 50)."""
     watch_epochs: int | None = None
     """Epochs from one look at held-out videos (the manifest's test rows) to the next, while a run pretrains; 0: never;
     None: at as many and as often as takes under 3 % of the time, and at the end."""
