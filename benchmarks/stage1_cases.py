@@ -191,14 +191,14 @@ class Stopwatch:
 
 def run_phases(scratch: Path, videos: list[str]) -> dict[str, Any]:
     """What child and parent do, in this one process, and the seconds of CPU time of each phase."""
-    from preprocess import codec, encode, extract, writer
+    from preprocess import child, encode, extract, writer
 
     watch = Stopwatch()
     for module, name, phase in (
         *((encode, "_decode", LIMIT_PHASES[0]), (encode, "_stretch", LIMIT_PHASES[1])),
         *((encode, "packets", LIMIT_PHASES[2]), (extract, "decoded", LIMIT_PHASES[3])),
         *((extract, "grids", OUR_PHASES[0]), (extract, "shrink", OUR_PHASES[1]), (extract, "compress", OUR_PHASES[2])),
-        *((codec, "convert", OUR_PHASES[3]), (writer, "write_shard", OUR_PHASES[4])),
+        *((child, "convert", OUR_PHASES[3]), (writer, "write_shard", OUR_PHASES[4])),
         *(
             (writer, "Shard", OUR_PHASES[5]),
             (writer, "content_problems", OUR_PHASES[5]),
@@ -211,7 +211,7 @@ def run_phases(scratch: Path, videos: list[str]) -> dict[str, Any]:
 
 def store(scratch: Path, videos: list[str], names: tuple[str, ...]) -> int:
     """A shard of some videos made in this one process, with what is named in the spool; how many frames."""
-    from preprocess import codec, writer
+    from preprocess import child, writer
     from preprocess.schema import Origin, Settings
 
     settings, spool = Settings(), writer.Spool(scratch / "work", names)
@@ -219,7 +219,7 @@ def store(scratch: Path, videos: list[str], names: tuple[str, ...]) -> int:
     spool.truncate((0,) * len(spool.names))
     stored = []
     for row, video in enumerate(videos):
-        answer = codec.convert(video, spool, settings, lambda: None)
+        answer = child.convert(video, spool, settings, lambda: None)
         arrays = {k: np.array(v, np.int64) if isinstance(v, list) else v for k, v in answer.items()}
         stored.append(writer.Video(row, video, -1, **arrays))
     origin = Origin(settings, "0" * 64, (), {}, 1)

@@ -7,8 +7,6 @@ the time limit.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import re
@@ -18,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,18 +24,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import joblib
 
+from preprocess.files import DISK_FULL, UNREADABLE
 from preprocess.schema import Settings
 from preprocess.writer import Spool
 
-PR_SET_PDEATHSIG = 1
 PIPE_BYTES = 1 << 16
 LARGE = 1 << 30  # bytes; a disk that has room for as many is not full: what does not fit is the video's fault
 MOST_SECONDS = 1e6  # of a time limit, eleven days; what the system can wait for has an end
 START_SECONDS = 300.0  # to load the libraries, from a busy network disk at worst
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNREADABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN)
 STOPPED = "the run is being stopped"
-OUR_ERRORS = (*DISK_FULL, *UNREADABLE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 Reader = Literal["pyav", "mvextractor"]
 Task = TypeVar("Task")
@@ -52,122 +47,10 @@ class CodecLost(CodecError):
     """The child died; the video may be tried again in a new one."""
 
 
-# ---- in the child
-
-
-def convert(
-    source: str, spool: Spool, settings: Settings, alive: Callable[[], object], reader: Reader = "pyav"
-) -> dict[str, Any]:
-    """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
-
-    Residuals are computed where the spool takes them. `alive` is called for each group of pictures, when it is encoded
-    and when it is read. Raises ValueError or av.FFmpegError where the video cannot be stored; the spool then holds a
-    part of it.
-    """
-    from preprocess import encode, extract  # only the child loads the codecs
-
-    def encoded() -> Iterator[Any]:
-        for number, packet in enumerate(encode.packets(source, settings, video)):
-            if number % settings.gop == 0:
-                alive()
-            yield packet
-
-    video = encode.Source()
-    stream = None if reader == "pyav" else spool.path("encoded.m4v")
-    frame_bytes: list[int] = []
-    iframe_bytes: list[int] = []
-    with ExitStack() as files:
-        spooled = [files.enter_context(open(spool.path(name), "ab")) for name in spool.names]
-        for group in extract.groups(encoded(), settings, stream, "residual" in spool.names):
-            pieces = b"".join(group.frames), group.iframe, group.motion.tobytes(), group.residual.tobytes()
-            for file, piece in zip(spooled, pieces):
-                file.write(piece)
-            frame_bytes += map(len, group.frames)
-            iframe_bytes.append(len(group.iframe))
-            alive()
-    if stream:
-        stream.unlink()
-    count = len(frame_bytes)
-    if count != video.frames:
-        raise ValueError(f"{video.frames} frames encoded, {count} read back")
-    return {
-        "fps": video.fps,
-        "source_size": [video.height, video.width],
-        "decode_errors": video.damage,
-        "times": video.variable_times(),
-        "frame_bytes": frame_bytes,
-        "iframe_bytes": iframe_bytes,
-        "iframe_frame": list(range(0, count, settings.gop)),
-    }
-
-
-def flow(source: str, spool: Spool, settings: Settings, alive: Callable[[], object]) -> dict[str, Any]:
-    """Append the optical flow of one video to the spool; returns of how many frames. Errors as `convert`.
-
-    `alive` is called after each frame, which takes half a second.
-    """
-    from preprocess import encode, extract
-    from preprocess.flow import maps  # its library is an extra
-
-    pictures = (picture for picture, _ in extract.decoded(encode.packets(source, settings, encode.Source())))
-    count = 0
-    with open(spool.path("flow"), "ab") as file:
-        for cells in maps(pictures, settings):
-            file.write(cells.tobytes())
-            count += 1
-            alive()
-    return {"frames": count}
-
-
-def serve(parent: int) -> None:
-    """Answer one JSON line for each JSON line of a request, until the pipe closes."""
-    end_with_parent(parent)  # else it would go on writing where the next run writes
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    # Nothing a C library prints may end up in the protocol.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    import av
-
-    from preprocess import encode, extract  # noqa: F401 - loading them counts towards no video's time limit
-
-    def alive() -> None:
-        answers.write(b" ")  # which JSON allows before an answer
-        answers.flush()
-
-    verbs = {"convert": convert, "flow": flow}
-    answers.write(b"ready\n")
-    answers.flush()
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        spool = Spool(Path(request["spool"]), tuple(request["names"]))
-        settings = Settings.from_json(request["settings"])
-        try:
-            answer = verbs[request["verb"]](request["source"], spool, settings, alive, **request["options"])
-        except MemoryError as error:  # FFmpeg's as well
-            answer = {"error": f"it takes more memory than there is ({error})"}
-        except (ValueError, OSError, av.FFmpegError) as error:
-            # A disk that is full or cannot be read is not the video's fault. FFmpeg's own errors are OSErrors too, most
-            # of them, but say nothing of the disk: it does not read the file itself.
-            number = error.errno if isinstance(error, OSError) and not isinstance(error, av.FFmpegError) else None
-            answer = {"system": [number, os.strerror(number)]} if number in OUR_ERRORS else {"error": str(error)}
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the system kill this process when the thread that started it ends, the last of them with the parent."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the line above
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-# ---- in the parent
-
-
 class Codec:
     """A long-lived child and its pipe. One thread at a time uses it; any thread may `close` it."""
 
-    command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "preprocess.codec")
+    command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "preprocess.child")
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
@@ -178,7 +61,7 @@ class Codec:
     def run(
         self, verb: str, source: Path, spool: Spool, settings: Settings, time_limit: float, **options: str
     ) -> dict[str, Any]:
-        """Answer of one of the functions above, `convert` or `flow`, in the child.
+        """Answer of `preprocess.child.convert` or `.flow`, in the child.
 
         A child that dies is replaced and the video tried once more; one that shows no sign of life for `time_limit`
         seconds is replaced, but the video would take as long again. Raises CodecError where the video cannot be
@@ -331,7 +214,3 @@ def plain(message: str, source: Path, path: str) -> str:
     # OSError shows a name as Python writes it, some characters as escapes.
     text = message.replace(repr(str(source))[1:-1], path).replace(str(source), path)
     return " ".join(re.sub(r"0x[0-9a-fA-F]+", "0x…", text).split())
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]))

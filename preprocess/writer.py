@@ -225,7 +225,7 @@ def _without_locks(folder: Path) -> bool:
 
 
 def copy_video(shard: Shard, index: int, spool: Spool) -> dict[str, Any]:
-    """Append the bytes of a finished shard's video to a spool; returns what `codec.convert` returned for it."""
+    """Append the bytes of a finished shard's video to a spool; returns what `child.convert` returned for it."""
     first, end = shard.frame_offset[index : index + 2].tolist()
     low, high = shard.iframe_frame.searchsorted([first, end]).tolist()
     of_frames = shard["frames/jpeg_offset"][first : end + 1]

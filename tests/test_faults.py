@@ -257,9 +257,9 @@ def test_a_size_change_midway_shows_the_whole_picture_before_and_after(odd: Shar
 BAD_CODEC = """
 import os, signal, sys, time
 from pathlib import Path
-from preprocess import codec
+from preprocess import child
 
-real = codec.convert
+real = child.convert
 
 def convert(source, spool, settings, alive, **options):
     name = Path(source).name
@@ -284,8 +284,8 @@ def convert(source, spool, settings, alive, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(source, spool, settings, alive, **options)
 
-codec.convert = convert
-codec.serve(int(sys.argv[-1]))
+child.convert = convert
+child.serve(int(sys.argv[-1]))
 """
 
 

@@ -15,7 +15,7 @@ import pytest
 import simplejpeg
 from conftest import make_shards, panned, remux
 
-from preprocess import check, codec, encode
+from preprocess import check, child, encode
 from preprocess.schema import Settings
 from preprocess.writer import Spool
 
@@ -37,7 +37,7 @@ def convert(path: Path, settings: Settings = TINY) -> Stored:
     """One video through stage 1, in this process. Raises ValueError or av.FFmpegError where it is not stored."""
     folder = path.parent / f"{path.name}.stored"
     folder.mkdir()
-    answer = codec.convert(str(path), Spool(folder), settings, lambda: None)
+    answer = child.convert(str(path), Spool(folder), settings, lambda: None)
     ends = np.cumsum(answer["frame_bytes"])
     data = (folder / "frames").read_bytes()
     pictures = [simplejpeg.decode_jpeg(data[a:b]) for a, b in zip([0, *ends], ends)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import make_shards, panned, write_video
 
-from preprocess import check, codec, pipeline
+from preprocess import check, child, codec, pipeline
 from preprocess.codec import Codec
 from preprocess.schema import Settings
 from preprocess.writer import Spool
@@ -81,9 +81,9 @@ def test_a_disk_that_fails_in_mid_file_stops_the_shard(
 # The real codec with less of something than a video needs.
 SHORT_OF = """
 import resource, sys
-from preprocess import codec, encode, extract
+from preprocess import child, encode
 {limit}
-codec.serve(int(sys.argv[-1]))
+child.serve(int(sys.argv[-1]))
 """
 FILE_SIZE = "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"  # as a full disk does, writing fails
 MEMORY = """
@@ -150,7 +150,7 @@ def test_ffmpegs_own_errors_of_reading_are_failure_rows(tmp_path: Path, monkeypa
 SLOW = """
 import sys, time
 from pathlib import Path
-from preprocess import codec
+from preprocess import child
 
 def convert(source, spool, settings, alive, **options):
     with open(source + ".asked", "a") as asked:
@@ -161,8 +161,8 @@ def convert(source, spool, settings, alive, **options):
             alive()
     return real(source, spool, settings, alive, **options)
 
-real, codec.convert = codec.convert, convert
-codec.serve(int(sys.argv[-1]))
+real, child.convert = child.convert, convert
+child.serve(int(sys.argv[-1]))
 """
 
 
@@ -195,7 +195,7 @@ def test_mvextractor_gives_the_same_bytes_of_a_real_clip(real_clips: list[Path],
     clip = min(real_clips, key=lambda c: c.stat().st_size)
     for reader in "pyav", "mvextractor":
         (tmp_path / reader).mkdir()
-        codec.convert(str(clip), Spool(tmp_path / reader), Settings(), lambda: None, reader)
+        child.convert(str(clip), Spool(tmp_path / reader), Settings(), lambda: None, reader)
     assert files(tmp_path / "pyav") == files(tmp_path / "mvextractor")
 
 
@@ -223,7 +223,7 @@ def test_mvextractor_must_agree_about_every_frame(
     monkeypatch.setattr(videocap, "VideoCap", Wrong)
     source = write_video(tmp_path / "a.mp4", FRAMES[:30])
     with pytest.raises(ValueError, match=f"mvextractor finds {words}"):
-        codec.convert(str(source), Spool(tmp_path), TINY, lambda: None, "mvextractor")
+        child.convert(str(source), Spool(tmp_path), TINY, lambda: None, "mvextractor")
 
 
 def test_where_mvextractor_is_missing_work_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

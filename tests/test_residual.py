@@ -18,7 +18,7 @@ from test_check import assert_found, renew_checksum
 from test_shards import make_anew, put, write
 from test_stage1 import alive, encoded, files
 
-from preprocess import check, codec, encode, extract, residual
+from preprocess import check, child, encode, extract, residual
 from preprocess.schema import INTRA, NO_RESIDUAL, Settings
 from preprocess.shards import Shard, ShardSet
 from preprocess.writer import Spool
@@ -233,7 +233,7 @@ def test_residuals_lie_beside_shards_that_are_the_same_without_them(made: Path, 
 
 def test_the_other_reader_gives_the_same_residuals(made: Path, videos: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path, (*Spool.names, "residual"))
-    codec.convert(str(videos / NAMES[0]), spool, SMALL, alive, "mvextractor")
+    child.convert(str(videos / NAMES[0]), spool, SMALL, alive, "mvextractor")
     expected = Shard(made / "shard-00000.h5").residual[:5]
     assert spool.path("residual").read_bytes() == expected.tobytes()
 

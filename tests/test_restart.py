@@ -166,7 +166,7 @@ def kill_once(job: Job, out: str, workers: int, what: str, after: float) -> None
     if what == "decoders":
         for process in session(run.pid):
             with suppress(FileNotFoundError, ProcessLookupError):
-                if b"preprocess.codec" in Path(f"/proc/{process}/cmdline").read_bytes():
+                if b"preprocess.child" in Path(f"/proc/{process}/cmdline").read_bytes():
                     os.kill(process, signal.SIGKILL)  # the run goes on with a new decoder
     elif run.poll() is None:
         (os.kill if what == "main process" else os.killpg)(run.pid, signal.SIGKILL)

@@ -22,7 +22,7 @@ from conftest import ROOT, make_shards, one_thread, panned, write_video
 from mvextractor.videocap import VideoCap
 from PIL import Image
 
-from preprocess import codec, encode, extract
+from preprocess import child, encode, extract
 from preprocess.manifest import Manifest
 from preprocess.schema import INTRA, Settings
 from preprocess.shards import ShardSet
@@ -250,7 +250,7 @@ def test_rgb_sources_keep_their_colours(codec_name: str, pix_fmt: str, tmp_path:
 
 def assert_bars(source: Path, folder: Path) -> None:
     """Both kinds of stored picture show BARS within a few levels."""
-    answer = codec.convert(str(source), Spool(folder), Settings(), alive)
+    answer = child.convert(str(source), Spool(folder), Settings(), alive)
     for kind, shape in ("frames", (172, 228)), ("iframes", (256, 340)):
         data = (folder / kind).read_bytes()[: answer[f"{kind.removesuffix('s')}_bytes"][0]]
         picture = simplejpeg.decode_jpeg(data).astype(int)
@@ -295,7 +295,7 @@ def test_neither_encoding_nor_reading_starts_threads(tmp_path: Path, monkeypatch
     for module, name in (encode, "_stretch"), (extract, "grids"):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real: (real(*a), seen.append(threads()))[0])
-    codec.convert(str(source), Spool(tmp_path), SMALL, alive)
+    child.convert(str(source), Spool(tmp_path), SMALL, alive)
     assert seen == [before] * 6  # five frames scaled, one group read
 
 
@@ -317,7 +317,7 @@ def test_every_group_of_pictures_is_a_sign_of_life(
 
     monkeypatch.setattr(encode, "packets", encoding)
     monkeypatch.setattr(extract, "grids", reading)
-    codec.convert(str(source), Spool(tmp_path), SMALL, lambda: seen.append(done[0]), reader)
+    child.convert(str(source), Spool(tmp_path), SMALL, lambda: seen.append(done[0]), reader)
     assert max(np.diff(seen)) <= 2 * SMALL.gop and seen[-1] == 2 * 60
 
 
@@ -326,12 +326,12 @@ def test_a_broken_group_of_pictures_is_noticed(tmp_path: Path, monkeypatch: pyte
     whole, real = extract.decoded, encode.packets
     monkeypatch.setattr(extract, "decoded", lambda packets: list(whole(packets))[:-1])
     with pytest.raises(ValueError, match="14 frames encoded, 13 read back"):
-        codec.convert(str(source), Spool(tmp_path), SMALL, alive)
+        child.convert(str(source), Spool(tmp_path), SMALL, alive)
     monkeypatch.undo()
     for gop, frame in (5, 5), (13, 12):  # an I-frame too early, one too late
         monkeypatch.setattr(encode, "packets", lambda a, s, b, gop=gop: real(a, replace(s, gop=gop), b))
         with pytest.raises(ValueError, match=f"frame {frame} of the encoded stream breaks the group of 12"):
-            codec.convert(str(source), Spool(tmp_path), SMALL, alive)
+            child.convert(str(source), Spool(tmp_path), SMALL, alive)
 
 
 VECTOR = {"source": -1, "w": 16, "h": 16, "dst_x": 24, "dst_y": 24, "motion_scale": 2}
