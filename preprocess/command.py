@@ -5,11 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 from preprocess import __version__
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 DONE, ERROR, USAGE, WITH_FAILURES, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -61,6 +66,7 @@ def ended(command: Callable[[], int], interrupted: str, errors: tuple[type[Excep
     ValueError, OSError and `errors` are told in one line, without a traceback; `interrupted` follows Ctrl-C.
     """
     told: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
+    before, sys.unraisablehook = sys.unraisablehook, insist
     try:
         status = command()
         sys.stdout.flush()
@@ -74,6 +80,23 @@ def ended(command: Callable[[], int], interrupted: str, errors: tuple[type[Excep
     except KeyboardInterrupt:
         say(interrupted)
         return INTERRUPTED
+    finally:
+        sys.unraisablehook = before
+
+
+def insist(dropped: UnraisableHookArgs) -> None:
+    """Python drops what a signal raises inside a destructor, or a weak reference's callback: raise it again soon."""
+    reason = dropped.exc_value
+    here = threading.current_thread() is threading.main_thread()
+    if not (here and isinstance(reason, (KeyboardInterrupt, SystemExit))):
+        sys.__unraisablehook__(dropped)
+        return
+
+    def again(*_: object) -> None:
+        raise reason
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
 
 
 def unheard() -> None:

@@ -216,6 +216,34 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(
     wait_for(lambda: not session(run.pid), "workers to end")
 
 
+# The signal falls into the callback of a weak reference, from which Python lets no exception out.
+DROPPED = """
+import os, signal, sys, time, weakref
+from preprocess.__main__ import terminate
+from preprocess.command import ended
+
+class Thing:
+    pass
+
+def work():
+    thing = Thing()
+    seen = weakref.ref(thing, lambda _: os.kill(os.getpid(), int(sys.argv[1])))
+    del thing
+    time.sleep(60)
+    return 0
+
+signal.signal(signal.SIGTERM, terminate)
+sys.exit(ended(work, "interrupted"))
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_falls_into_a_destructor_still_ends_the_run(number: int, status: int) -> None:
+    command = [sys.executable, "-c", DROPPED, str(int(number))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_a_reader_that_stops_listening_is_no_error(job: Job) -> None:
     script = f"{sys.executable} -m preprocess info {job.folder / 'expected'} | true; sleep 0.1"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
