@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 
@@ -23,12 +23,15 @@ from preprocess.files import DISK_FULL, UNREADABLE
 from preprocess.schema import Settings
 from preprocess.writer import Spool
 
+if TYPE_CHECKING:
+    from preprocess.codec import Reader
+
 PR_SET_PDEATHSIG = 1
 OUR_ERRORS = (*DISK_FULL, *UNREADABLE, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def convert(
-    source: str, spool: Spool, settings: Settings, alive: Callable[[], object], reader: str = "pyav"
+    source: str, spool: Spool, settings: Settings, alive: Callable[[], object], reader: Reader = "pyav"
 ) -> dict[str, Any]:
     """Encode and extract one video, appending its bytes to the spool; returns what the index needs, as plain values.
 

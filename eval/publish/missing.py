@@ -335,7 +335,7 @@ def _alone(folder: Path) -> Iterator[int]:
             say(f"another process works in {folder}, or a step that it left behind: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks, where nothing can be held
+            say(f"{folder} is on a file system without locks: see that no other process works in it")
         yield lock
     finally:
         os.close(lock)
