@@ -20,9 +20,8 @@ from test_retrieval import finding
 from test_tables import fixtures, formula, stored
 
 from eval import neighbours, results
-from eval.publish import claim, collect, page, tables
+from eval.publish import claim, collect, page, plots, tables
 from eval.publish.cells import FAMILIES, NINE, cells, published
-from eval.publish.plots import training_curves
 from eval.results import Data
 from preprocess.shards import ShardSet
 from train import runs
@@ -110,12 +109,30 @@ def test_the_page_needs_nothing_but_itself(report: Path) -> None:
 
 
 def test_curves_of_training_and_held_out_videos(report: Path) -> None:
-    (name, folders, svg), changed = training_curves(report.parent / "runs")
+    (name, folders, svg), changed = plots.training_curves(report.parent / "runs")
     assert (name, folders) == ("scenes on scenes", ["scenes-s0", "scenes-s1"])  # seeds over one another
     assert changed[:2] == ("scenes on scenes, batch_size 8", ["tried"])  # and no other settings
     said = [text for text in ("context", "motion", "motion, held out", "R@1, held out") if f">{text}<" in svg]
     assert said == ["context", "motion", "motion, held out"]
     assert all(svg.count(f">{text}<") == 1 for text in said)  # two runs, one legend
+
+
+def test_curves_show_what_kept_epochs_retrieve(report: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_of, drawn = report.parent / "runs", []
+    monkeypatch.setattr(plots, "chart", lambda title, series, *_: drawn.append(series))
+
+    def row(run: str, epoch: int, recall: float, when: str = "2026-11", **other: str) -> dict[str, Any]:
+        about = {"kind": "retrieval", "network": "video", "dataset": "scenes", "epoch": epoch, "when": when, **other}
+        return about | {"file": str(runs_of / run / "results/a.json"), "metrics": {"both R@1": recall, "both R@5": 99}}
+
+    kept = [row("scenes-s0", 5, 30.0), row("scenes-s0", 0, 10.0), row("scenes-s0", 2, 20.0)]
+    again = [row("scenes-s0", 5, 40.0, when="2026-12"), row("scenes-s0", 5, 35.0, when="2026-10")]
+    others = [row("scenes-s0", 4, 1.0, network="motion"), row("scenes-s0", 4, 2.0, kind="knn")]
+    before_and_after = [row("scenes-s1", 0, 10.0), row("scenes-s1", 9, 50.0)]
+    rows = [*kept, *again, *others, *before_and_after, {**row("scenes-s0", 4, 3.0), "file": "results.csv"}]
+    list(plots.training_curves(runs_of, rows))
+    found = [s for series in drawn for s in series if s.style == "o-"]
+    assert [(s.name, [*s.points]) for s in found] == [("both R@1 on scenes", [(0, 10, 0), (2, 20, 0), (5, 40, 0)])]
 
 
 def test_the_page_says_whether_its_program_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def page(
     ran_first = sorted(tables, key=lambda t: not any(e.value for e in t.entries.values()))
     sections = {
         "tables": ("Tables", f"<p>{READING}</p>{''.join(_table(t, pictures) for t in ran_first)}"),
-        "curves": ("Training", _pair(_curves(folder))),
+        "curves": ("Training", _pair(_curves(folder, rows))),
         "confusion": ("Confusion", _pair(_confusions(rows))),
         "retrieval": ("Retrieval", _found(found) if found else ""),
         "motion": ("Motion", _previews(data) if data else ""),
@@ -136,9 +136,9 @@ def _pair(cards: Iterable[str]) -> str:
 # ---- pictures
 
 
-def _curves(folder: Path) -> Iterable[str]:
+def _curves(folder: Path, rows: Sequence[Row]) -> Iterable[str]:
     """A card a recipe."""
-    for name, folders, picture in training_curves(folder):
+    for name, folders, picture in training_curves(folder, rows):
         listed = ", ".join(f"<code>{escape(f)}</code>" for f in folders)
         drawn = _svg(picture, f"training of {name}")
         yield f'<div class="card"><h3>{escape(name)}<small>{listed}</small></h3>{drawn}</div>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from eval import figures
 from eval.publish.cells import EPOCHS
 from eval.publish.tables import Table
+from eval.results import Row
 from train import runs
 from train.config import Config, Pretraining
 from train.recipes import PEERS, RECIPES, departures
@@ -117,10 +118,11 @@ def _by_alpha(table: Table) -> list[Series]:
     return series
 
 
-def training_curves(folder: Path) -> Iterator[tuple[str, list[str], str]]:
+def training_curves(folder: Path, rows: Sequence[Row] = ()) -> Iterator[tuple[str, list[str], str]]:
     """(name, folders of its runs, SVG) for each recipe, and for each as it was changed: accuracies while training, on
-    training and on held-out videos, seeds over one another."""
-    logs: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+    training and on held-out videos, seeds over one another; and what sound `rows` of its kept epochs retrieve, as
+    table 7 sets the accuracies of the tasks beside it."""
+    logs: dict[str, dict[Path, list[dict[str, Any]]]] = defaultdict(dict)
     for path in sorted(folder.glob("*/run.json")):
         try:
             about = runs.read(path.parent)
@@ -128,19 +130,34 @@ def training_curves(folder: Path) -> Iterator[tuple[str, list[str], str]]:
             began = about["pretrained"].get("recipe")
             changed = departures(about["recipe"], Config.from_json(json.dumps(about["config"])))
             said = [f"{about['recipe']} on {about['trained_on']}", *changed, *([f"from {began}"] if began else [])]
-            logs[", ".join(said)][path.parent.name] = [json.loads(line) for line in log if line.endswith("}")]
+            logs[", ".join(said)][path.parent] = [json.loads(line) for line in log if line.endswith("}")]
         except (ValueError, OSError, KeyError):  # no run, or one that has only begun
             continue
     for name, each in logs.items():
         series: list[Series] = []
-        for lines in each.values():
+        for run, lines in each.items():
+            found = []
             for column, (label, colour, style) in CURVES.items():
                 points = [(x["epoch"], 100 * x[column], 0.0) for x in lines if x.get(column) is not None]
                 if len(points) > 1:
-                    seen = label in {s.name for s in series}
-                    series.append(Series("" if seen else label, _thinned(points), colour, style))
+                    found.append(Series(label, _thinned(points), colour, style))
+            for s in (*found, *_retrieved(run, rows)):
+                series.append(replace(s, name="" if s.name in {seen.name for seen in series} else s.name))
         if series:
-            yield name, list(each), chart(f"Training of {name}", series, "epoch", "accuracy in a batch, R@1, %")
+            drawn = chart(f"Training of {name}", series, "epoch", "accuracy in a batch, R@1, %")
+            yield name, [run.name for run in each], drawn
+
+
+def _retrieved(run: Path, rows: Sequence[Row]) -> list[Series]:
+    """R@1 of the V-Network by epoch: a line a labelling and data set, where more than its first and last are known."""
+    found: dict[str, dict[float, float]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda r: r["when"]):  # of an epoch measured twice, the later
+        if row["kind"] == "retrieval" and row["network"] == "video" and Path(row["file"]).parents[1:2] == (run,):
+            for metric in row["metrics"]:
+                if metric.endswith("R@1"):
+                    found[f"{metric} on {row['dataset']}"][row["epoch"]] = row["metrics"][metric]
+    lines = [(name, [(x, y, 0.0) for x, y in sorted(points.items())]) for name, points in found.items()]
+    return [Series(name, points, 5 + i) for i, (name, points) in enumerate(lines) if len(points) > 2]
 
 
 def _thinned(points: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
