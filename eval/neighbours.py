@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
 
 from eval import figures
+from eval.results import Data
 from preprocess.draw import arrows, colour_view, enlarge
 from preprocess.schema import INTRA, QUARTERS
 from preprocess.shards import Shard, ShardSet
-
-if TYPE_CHECKING:
-    from eval.retrieve import Retrieval
 
 QUERIES, NEIGHBOURS = 5, 3
 APART = 8  # frames between the two still frames of a video
@@ -26,6 +24,19 @@ FOUND, HALF, MISSED = "#1a7f37", "#c27c0e", "#c0392b"
 MARKS = {FOUND: "✓", HALF: "½", MISSED: "✗"}  # for those to whom the colours look alike
 GREY = "#444444"
 HEADS = ("frame", f"{APART} frames later", "I-frame: the context", "vectors: the motion", "vectors as colours")
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """What a network finds for every query."""
+
+    data: Data
+    query: np.ndarray
+    """Positions of the queries in the shard set, int64 (Q,)."""
+    gallery: np.ndarray
+    """Positions of the gallery, int64 (G,)."""
+    order: np.ndarray
+    """Gallery rows by falling similarity, int64 (Q, k)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Query:
     """Nearest first, by each network."""
 
 
-def chosen(found: Mapping[str, Retrieval]) -> list[Query]:
+def chosen(found: Mapping[str, Nearest]) -> list[Query]:
     """A few queries, spread over the classes, and what each network finds for them."""
     first = next(iter(found.values()))
     shards = first.data.shards
@@ -86,7 +97,7 @@ def meanings(classes: list[str]) -> dict[str, str]:
     return said if all(c.count("/") == 1 for c in classes) else {k: v for k, v in said.items() if k != HALF}
 
 
-def draw(found: Mapping[str, Retrieval], out: Path) -> Path:
+def draw(found: Mapping[str, Nearest], out: Path) -> Path:
     """A row for each of a few queries: `still`, then for each network its nearest training videos, framed green where
     all of the label agrees, amber where one part of context/motion does, red where nothing does; a PNG."""
     shards = next(iter(found.values())).data.shards

@@ -24,17 +24,10 @@ CLIP = re.compile(r"(?:(?<=_g\d\d)_c\d+|_[fhlu]_[cn]m_np\d+_(?:ba|fr|le|ri)_(?:b
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(neighbours.Nearest):
     """Neighbours of every query, and the recalls they give."""
 
-    data: Data
     network: Network
-    query: np.ndarray
-    """Positions of the queries in the shard set, int64 (Q,)."""
-    gallery: np.ndarray
-    """Positions of the gallery, int64 (G,)."""
-    order: np.ndarray
-    """Gallery rows by falling similarity, int64 (Q, k)."""
     hit: dict[str, dict[int, np.ndarray]]
     """For each of `labellings` and k, whether one of a query's own is among its k nearest, bool (Q,)."""
     chance: dict[str, dict[int, float]]
@@ -84,7 +77,7 @@ def measure(run: Run, data: Data, network: Network = "video", machine: Machine =
     by_chance = {name: {k: chance(*labels, k) for k in ks} for name, labels in labelled.items()}
     group = groups([data.shards.paths[v] for v in test.video])
     how = protocol(run.config, network, test.failed + train.failed)
-    return Retrieval(data, network, test.video, train.video, order, hit, by_chance, group, how)
+    return Retrieval(data, test.video, train.video, order, network, hit, by_chance, group, how)
 
 
 def compared(found: Mapping[str, Retrieval], ks: Sequence[int] = (1,), against: str = "") -> str:

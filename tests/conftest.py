@@ -221,7 +221,7 @@ def labelled_run(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
 def _one_epoch(recipe: str, tiny: tuple[Path, Path], folder: Path) -> Path:
     from train.config import Runtime
     from train.loop import train
-    from train.runs import Origin
+    from train.origin import Origin
 
     config, runtime = tiny_config(recipe, batch_size=4, epochs=1), Runtime("cpu", 0, keep_epochs=(1,))
     rows, origin = Manifest.read(tiny[1]).subset("train"), Origin(recipe, "split", "train")

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,14 @@ def test_imports_run_one_way(package: str) -> None:
                 continue
             within = name == "preprocess" or any(name == s or name.startswith(s + ".") for s in SHARED)
             assert top == "preprocess" and within, f"{path} imports {name}"
+
+
+def test_imports_go_in_no_circle() -> None:
+    every = {name for names in MODULES.values() for name in names}
+    paths = {name: ROOT.joinpath(*name.split(".")) for name in every}
+    files = {name: p / "__init__.py" if p.is_dir() else p.with_suffix(".py") for name, p in paths.items()}
+    order = TopologicalSorter({name: (imported(path) & every) - {name} for name, path in files.items()})
+    assert len([*order.static_order()]) == len(every)  # a CycleError names the circle
 
 
 def test_measuring_knows_nothing_of_publishing() -> None:

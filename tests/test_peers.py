@@ -27,11 +27,11 @@ from train.data import decode_frames
 from train.draws import Sampling
 from train.loop import train
 from train.model import build_model
+from train.origin import Origin
 from train.peers import PEERS, ClipContrast, ClipOrder, Pace, make_peer
 from train.peers.clips import ClipTuples
 from train.peers.order import OrderHead
 from train.recipes import RECIPES
-from train.runs import Origin
 from train.tasks import make_task, serves
 from train.trained import load_run
 

@@ -19,8 +19,8 @@ from train.config import Finetuning, Optimiser
 from train.loop import train, update
 from train.model import build_model
 from train.objectives import motion_targets
+from train.origin import Origin
 from train.recipes import RECIPES
-from train.runs import Origin
 from train.tasks import make_task
 from train.trained import Run, load_pretrained
 

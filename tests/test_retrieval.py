@@ -256,7 +256,7 @@ def test_a_damaged_frame_is_an_error_of_one_line(
 def finding(data: Data, places: int = 3) -> Retrieval:
     """Eight queries, each of which finds the first training videos."""
     order = np.tile(np.arange(places), (8, 1))
-    return Retrieval(data, "video", np.arange(12, 20), np.arange(12), order, {}, {}, np.arange(8), "protocol")
+    return Retrieval(data, np.arange(12, 20), np.arange(12), order, "video", {}, {}, np.arange(8), "protocol")
 
 
 @pytest.mark.parametrize("plain", [False, True])

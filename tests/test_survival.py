@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -16,12 +15,12 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config, train_command
+from conftest import ROOT, tiny_config, train_command
 from running import RUNTIME, Tiny, assert_same_run, lines, ready_process, run_again, start
+from torch.utils.data._utils import signal_handling
 
 from preprocess.manifest import Manifest
 from train import __main__ as command
@@ -234,22 +233,37 @@ def test_a_run_goes_on_only_with_what_it_began_with(tiny: Tiny, undisturbed: Pat
         start(tiny, run, tiny_config(seed=1))
 
 
-def _worker(ready: Any) -> None:
-    loader.heed_only_parent(0)
-    ready.set()
-    time.sleep(600)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # to the system the starter is no parent of the latter's
+def test_a_worker_ends_with_its_parents_signal_alone(method: str) -> None:
+    code = f"""
+import subprocess, torch
+from train import loader
+batches = loader.make_loader(range(8), 1, torch.device("cpu"), batch_size=2, multiprocessing_context="{method}")
+batches = iter(batches)
+assert next(batches).tolist() == [0, 1]
+worker, = batches._workers
+for number in ("INT", "TERM"):  # from a process that is not the parent
+    subprocess.run(["/bin/sh", "-c", f"kill -{{number}} {{worker.pid}}"], check=True)
+worker.join(0.5)
+assert worker.is_alive()
+worker.terminate()
+worker.join(60)
+assert worker.exitcode == 0, worker.exitcode
+"""
+    many = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=many, check=True)  # a worker with threads, and a server
 
 
-def test_a_worker_ends_with_its_parents_signal_alone() -> None:
-    context = multiprocessing.get_context("forkserver")  # of whose processes the starter is no parent to the system
-    ready = context.Event()
-    worker = context.Process(target=_worker, args=(ready,), daemon=True)
-    worker.start()
-    assert ready.wait(60)
-    for number in ("INT", "TERM"):  # from a process that is not the parent
-        subprocess.run(["/bin/sh", "-c", f"kill -{number} {worker.pid}"], check=True)
-    worker.join(0.5)
-    assert worker.is_alive()
-    worker.terminate()
-    worker.join(60)
-    assert worker.exitcode == 0
+def test_a_signal_to_all_that_finds_a_worker_just_begun_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = signal_handling._set_worker_signal_handlers
+
+    def struck_after() -> None:  # after this, SIGTERM from anybody ends a worker, until it heeds its parent alone
+        theirs()
+        for number in loader.STOPS:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", struck_after)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    batches = iter(loader.make_loader(range(8), 2, torch.device("cpu"), batch_size=2))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -137,7 +137,7 @@ def run(argv: list[str]) -> int:
     from preprocess.manifest import Manifest, dataset_name
     from train import trained
     from train.loop import Terminated, train
-    from train.runs import Origin
+    from train.origin import Origin
 
     shards = Path(a.shards)
     if a.stage_to:

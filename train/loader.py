@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import parent_process
+from multiprocessing import parent_process, resource_tracker
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 MOST = 8  # one decodes some 350 clips a second; eight keep up with any GPU, and hold two batches each
 
 
 def make_loader(data: Dataset[Any], workers: int | None, device: torch.device, **batches: Any) -> DataLoader[Any]:
     """Batches of `data`, decoded by so many processes (0: this one; None: `usual_workers()`), for a device; `batches`
     says what a batch is."""
-    return DataLoader(
+    return Loader(
         data,
         num_workers=usual_workers() if workers is None else workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=heed_only_parent,
         **batches,
     )
+
+
+class Loader(DataLoader[Any]):
+    """Its workers begin with the signals blocked that `heed_only_parent` deals with: one that came to a worker before
+    that would end it, and with it the training that was about to save."""
+
+    def __iter__(self) -> Any:
+        context = self.multiprocessing_context or multiprocessing.get_context()
+        if self.num_workers and context.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # as it starts, it unblocks them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def usual_workers() -> int:
@@ -53,6 +70,8 @@ def heed_only_parent(_: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=wait, daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
     def leave_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # The training process may end while it fetches a batch's memory from this one: that is no fault.

@@ -33,6 +33,7 @@ from train.heldout import hold_out
 from train.loader import explaining_workers, make_loader
 from train.model import build_model
 from train.optimiser import learning_rate, make_optimiser
+from train.origin import UNNAMED, Origin, claim
 from train.tasks import Batch, Inputs, Task, make_task
 from train.trained import begin_from
 
@@ -67,7 +68,7 @@ def train(
     shards: Path,
     manifest: Manifest,
     out: Path,
-    origin: runs.Origin = runs.UNNAMED,
+    origin: Origin = UNNAMED,
     held_out: Manifest | None = None,
 ) -> dict[str, Any]:
     """Train what `config` says, or go on from out/checkpoint.pt; returns the last line of metrics.
@@ -93,7 +94,7 @@ def train(
     model = build_model(config, len(shard_set.classes), runtime.recompute).to(device)
     begin_from(origin.pretrained, config, model)
     held = runs.hold(out) if main else None  # closed, and so let go, when this function ends
-    runs.claim(out, config, manifest, shard_set, origin, write=main)
+    claim(out, config, manifest, shard_set, origin, write=main)
     channels_last(model)
     distributed.synchronise_batch_norm(model)
     optimiser = make_optimiser(config.optimiser, model)

@@ -6,47 +6,19 @@ import errno
 import fcntl
 import hashlib
 import json
-import platform
 import subprocess
-import sys
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-import torch
-
-from preprocess.files import LEFT, write_text
-from preprocess.manifest import Manifest
+from preprocess.files import LEFT
 from preprocess.schema import Settings
-from preprocess.shards import ShardSet
-from train.config import Config, differences, here_and_there
-
-if TYPE_CHECKING:
-    from train.trained import Run
+from train.config import Config, here_and_there
 
 KEYS: dict[str, type] = {
     **dict.fromkeys(("recipe", "trained_on", "subset", "config_sha256", "manifest_sha256", "shards_sha256"), str),
     **{"pretrained": dict, "classes": list, "seed": int, "config": dict},
 }
 """What of run.json others read."""
-LIBRARIES = ("torch", "numpy", "h5py", "simplejpeg", "kornia")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run's things came from, by name: written into run.json, and into every result."""
-
-    recipe: str = ""
-    trained_on: str = ""
-    """Name of the manifest."""
-    subset: str = ""
-    """Which of its rows."""
-    pretrained: Run | None = None
-    """The run whose V-Network it begins from."""
-
-
-UNNAMED = Origin()
 
 
 def hold(out: Path) -> IO[str]:
@@ -67,48 +39,6 @@ def hold(out: Path) -> IO[str]:
     for left in out.glob(LEFT):  # by a trainer that was killed while it saved: as large as a checkpoint
         left.unlink()
     return held
-
-
-def claim(out: Path, config: Config, manifest: Manifest, shards: ShardSet, origin: Origin, write: bool = True) -> None:
-    """Make `out` this run's folder: write its run.json, or check the one that is there.
-
-    A run goes on only with the configuration, manifest, shards and pretrained weights it began with; ValueError names
-    what differs. With write=False (all processes but one) it only checks.
-    """
-    path = out / "run.json"
-    made_from = {
-        "manifest_sha256": manifest.sha256,
-        "shards_sha256": shards.sha256(),
-        "shards_settings": asdict(shards.settings),
-        "pretrained_sha256": origin.pretrained.video_sha256() if origin.pretrained else "",
-    }
-    if path.exists():
-        there = read(out)
-        refuse_another(out, Config.from_json(json.dumps(there["config"])), config)
-        if differing := differences(made_from, there):
-            raise ValueError(
-                f"{out} holds a run that began with other data ({here_and_there(differing)}): give it the manifest, "
-                "the subset, the shards and the pretrained run it began with, or choose another --out"
-            )
-    elif (out / "checkpoint.pt").exists():
-        raise ValueError(f"{out} holds checkpoint.pt without the run.json that says what made it: choose another --out")
-    elif write:
-        values: dict[str, Any] = {
-            "recipe": origin.recipe,
-            "trained_on": origin.trained_on,
-            "subset": origin.subset,
-            "pretrained": origin.pretrained.about() if origin.pretrained else {},
-            "classes": list(shards.classes),
-            "seed": config.seed,
-            "config": json.loads(config.to_json()),
-            "config_sha256": config.sha256(),
-            **made_from,
-            "commit": git_commit(),
-            "command": " ".join(sys.argv),
-            "versions": {name: version(name) for name in LIBRARIES} | {"cudnn": torch.backends.cudnn.version()},
-            "python": platform.python_version(),
-        }
-        write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
