@@ -65,6 +65,7 @@ def stop_at(arguments: list[str], out: Path, step: int, number: int) -> tuple[in
 
 
 def _command(arguments: list[str], errors: Path) -> None:
+    torch.set_num_threads(1)  # as the process that it is compared with (conftest)
     os.setsid()
     sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w", buffering=1)
     sys.exit(command.main(arguments))
