@@ -100,7 +100,7 @@ def test_the_page_needs_nothing_but_itself(report: Path) -> None:
     found = Parsed(text)
     kinds = [source.partition(";base64,")[0] for source in found.sources]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        "data:image/svg+xml": 3 + 2 + 1,  # plots, curves of a recipe and of a changed one, a confusion
+        "data:image/svg+xml": 5 + 2 + 1,  # plots, curves of a recipe and of a changed one, a confusion
         "data:image/webp": 4 * 7 + 4 * 4,  # queries and their neighbours, videos taken apart
     }
     assert all(href.startswith("#") or href == "data:," for href, _ in found.links)
@@ -159,7 +159,8 @@ def test_every_part_is_there(report: Path) -> None:
     assert text.count('<table class="numbers">') == len(names) + 1  # small has one more, on ucf5
     assert names > {*NINE} and all(f'id="table-{name}"' in text for name in names)
     assert re.findall(r'<img class="chart".*?alt="(.*?)"', text) == [
-        "plot of table 3", "plot of table 7", "plot of table scenes", "training of scenes on scenes",
+        "plot of table 3", "plot of table 7", "plot of table scenes", "plot of table small", "plot of table ucf20",
+        "training of scenes on scenes",
         "training of scenes on scenes, batch_size 8", "confusion of small-scratch on ucf5",
     ]  # fmt: skip
     assert "its name is not the hash of what it holds" in text.split('id="left-out"')[1]
@@ -265,7 +266,7 @@ def test_a_browser_shows_all_of_it(report: Path, tmp_path: Path, width: int) -> 
     assert said, done.stderr[-2000:]
     assert json.loads(said[1].replace("&quot;", '"')) == {
         "tables": len({cell.table for cell in cells()}) + 1,
-        "charts": 6,
+        "charts": 8,
         "pictures": 4 * 7 + 4 * 4,
         "dead": 0,
         "overflow": 0,

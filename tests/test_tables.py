@@ -277,7 +277,7 @@ def test_plots_show_paper_and_ours_at_their_places(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(figures, "svg", lambda figure, title: drawn.setdefault(title, figure) and title)
     found = [row | {"file": "", "id": str(number)} for number, row in enumerate(fixtures((*NINE, "scenes")))]
     made = {table.name: table for table in tables.build(found, ["3", "7", "scenes"])}
-    assert list(plots.table_plots(list(made.values()))) == ["table3", "table7", "alpha"]
+    assert list(plots.table_plots(list(made.values()))) == ["table3", "table7", "alpha-scenes"]
     for name, figure in zip(("3", "7"), drawn.values()):
         axes = figure.axes[0]
         lines = [container.lines[0] for container in axes.containers]
@@ -299,7 +299,13 @@ def test_plots_show_paper_and_ours_at_their_places(monkeypatch: pytest.MonkeyPat
 
 
 def test_plots_are_the_same_bytes_with_text_as_text_and_the_ink_of_the_page(made: Path) -> None:
-    assert {path.stem for path in made.glob("*.svg")} == {"table3", "table7", "alpha"}
+    assert {path.stem for path in made.glob("*.svg")} == {
+        "table3",
+        "table7",
+        "alpha-scenes",
+        "alpha-small",
+        "alpha-ucf20",
+    }
     text = (made / "table3.svg").read_text(encoding="utf-8")
     root = ElementTree.fromstring(text)
     said = {"".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")}

@@ -212,13 +212,10 @@ for base in (C3D, "scenes", "ucf20"):
     common = {f.name: getattr(RECIPES[base].config, f.name) for f in fields(Config)}
     for peer, about in PEERS.items():
         add(f"{base}-{peer}", f"Another task on the same terms: {about}.", Comparison(**common, peer=Peer(peer)))
-for percent in (50, 80):
-    vary(
-        "scenes",
-        f"alpha{percent}",
-        "Beside the paper: how the balance of the two tasks moves what is learned.",
-        {"objective.alpha": percent / 100},
-    )
+for base, percents in ("scenes", (50, 80)), ("ucf20", (50, 95)):
+    about = "Beside the paper: how the balance of the two tasks moves what is learned."
+    for percent in percents:
+        vary(base, f"alpha{percent}", about, {"objective.alpha": percent / 100})
 for base, epochs in ("small", 60), ("ucf20", 36):
     add(
         f"{base}-scratch",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eval import figures
-from eval.publish.cells import EPOCHS
+from eval.publish.cells import EPOCHS, NINE
 from eval.publish.tables import Table
 from eval.results import Row
 from train import runs
@@ -71,23 +71,21 @@ def chart(title: str, series: Sequence[Series], x_label: str, y_label: str, tick
 
 
 def table_plots(tables: Sequence[Table]) -> dict[str, str]:
-    """Name -> SVG: tables 3 and 7 over epochs, and for scenes how alpha moves what is learned."""
+    """Name -> SVG: tables 3 and 7 over epochs, and for each family how alpha moves what is learned."""
     found = {}
     for table in tables:
         if table.name in ("3", "7"):
             what = {"3": ("epoch of fine-tuning", "top-1, %"), "7": ("epoch of pretraining", "%")}[table.name]
             found[plot_name(table)] = chart(table.heading, _by_epoch(table), *what, EPOCHS)
-        elif table.name.split(" ")[0] == "scenes" and (series := _by_alpha(table)):
+        elif table.name not in NINE and (series := _by_alpha(table)):
             title = f"How alpha moves what is learned ({table.name})"
-            found[plot_name(table)] = chart(title, series, "alpha: weight of motion against context", "R@1, %")
+            found[plot_name(table)] = chart(title, series, "alpha: weight of motion against context", "retrieval, %")
     return found
 
 
 def plot_name(table: Table) -> str:
     """Of its file."""
-    if table.name.startswith("scenes"):
-        return "alpha" + table.name.removeprefix("scenes").replace(" ", "-")
-    return f"table{table.name}"
+    return f"table{table.name}" if table.name in NINE else f"alpha-{table.name.replace(' ', '-')}"
 
 
 def _by_epoch(table: Table) -> list[Series]:
