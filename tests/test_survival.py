@@ -265,6 +265,7 @@ def test_a_signal_to_all_that_finds_a_worker_just_begun_ends_nothing(monkeypatch
 
     monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", struck_after)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    batches = iter(loader.make_loader(range(8), 2, torch.device("cpu"), batch_size=2))
+    fork = {"multiprocessing_context": "fork"}  # a server's children would not see what was put in its place
+    batches = iter(loader.make_loader(range(8), 2, torch.device("cpu"), batch_size=2, **fork))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
     assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -37,7 +37,7 @@ class Loader(DataLoader[Any]):
     that would end it, and with it the training that was about to save."""
 
     def __iter__(self) -> Any:
-        context = self.multiprocessing_context or multiprocessing.get_context()
+        context = self.multiprocessing_context or multiprocessing
         if self.num_workers and context.get_start_method() != "fork":
             resource_tracker.ensure_running()  # as it starts, it unblocks them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)

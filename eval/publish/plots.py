@@ -150,7 +150,7 @@ def _retrieved(run: Path, rows: Sequence[Row]) -> list[Series]:
     """R@1 of the V-Network by epoch: a line a labelling and data set, where more than its first and last are known."""
     found: dict[str, dict[float, float]] = defaultdict(dict)
     for row in sorted(rows, key=lambda r: r["when"]):  # of an epoch measured twice, the later
-        if row["kind"] == "retrieval" and row["network"] == "video" and Path(row["file"]).parents[1:2] == (run,):
+        if row["kind"] == "retrieval" and row["network"] == "video" and Path(row["file"]).parent.parent == run:
             for metric in row["metrics"]:
                 if metric.endswith("R@1"):
                     found[f"{metric} on {row['dataset']}"][row["epoch"]] = row["metrics"][metric]
